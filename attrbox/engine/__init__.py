@@ -1,0 +1,1 @@
+"""One recorded forward pass, replayed backward under as many propagation rules as wanted."""

@@ -1,0 +1,173 @@
+"""Sites and rules: the two things that an author of propagation rules meets.
+
+A *site* is one call of a non-linear operation in a recorded forward pass. A *rule* says how the gradient with
+respect to the site's output becomes the one with respect to its input, in place of the chain rule's
+
+    grad_input = f'(input) * grad_output
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, TypeAlias
+
+import torch
+from torch import Tensor
+
+from attrbox.errors import RuleError
+
+Gradients: TypeAlias = "Tensor | tuple[Tensor, ...]"
+
+# Kinds of sites. Rectifiers let one half of the axis pass, squashers bound their input; both act element by element.
+RECTIFIERS = frozenset(
+    "relu relu6 leaky_relu prelu elu selu celu softplus gelu silu hardswish mish".split()  # noqa: SIM905
+)
+SQUASHERS = frozenset("sigmoid tanh hardsigmoid hardtanh".split())  # noqa: SIM905
+ACTIVATIONS = RECTIFIERS | SQUASHERS
+KINDS = ACTIVATIONS | {"softmax", "max_pool", "product"}
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """One call of a non-linear operation, as a rule sees it during a replay.
+
+    Attributes:
+        index: position in the order of execution.
+        kind: "relu", "gelu", "max_pool", "softmax", "product", ... (`attrbox.engine.site.KINDS`).
+        module: qualified name of the innermost module that ran it; "" for the model itself.
+        call: how manieth call of that module in this forward pass, from 0.
+        function: the operation without side effects, inputs -> output, other arguments bound.
+        options: those other arguments that a rule may need (`dim` of a softmax, `pool` of a max-pool).
+
+    The tensors below have the batch first. They are kept only if some rule of the recording `needs` them; reading
+    another raises `RuleError`.
+    """
+
+    index: int
+    kind: str
+    module: str
+    call: int
+    function: Callable[..., Tensor]
+    pull: "Callable[[Site, Tensor], Gradients] | None" = None  # a faster true gradient than the general one
+    options: dict[str, object] = field(default_factory=dict)
+    rule: str = ""  # name of the rule that is being replayed, for messages
+    saved_inputs: tuple[Tensor, ...] | None = None
+    saved_output: Tensor | None = None
+    saved_reference: tuple[Tensor, ...] | None = None
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """All activations that went in: one, or the two factors of a product."""
+        if self.saved_inputs is None:
+            raise self._missing("input")
+        return self.saved_inputs
+
+    @property
+    def input(self) -> Tensor:
+        """The activation that went in (the first factor of a product)."""
+        return self.inputs[0]
+
+    @property
+    def output(self) -> Tensor:
+        """The activation that came out; computed again from the input where only that was kept."""
+        if self.saved_output is not None:
+            return self.saved_output
+        if self.saved_inputs is None:
+            raise self._missing("output")
+        return self.function(*self.saved_inputs)
+
+    @property
+    def reference_inputs(self) -> tuple[Tensor, ...]:
+        """The inputs at this site when the reference is forwarded; batch of one for a shared reference."""
+        if self.saved_reference is None:
+            raise self._missing("reference")
+        return self.saved_reference
+
+    @property
+    def reference_input(self) -> Tensor:
+        """The first of `reference_inputs`."""
+        return self.reference_inputs[0]
+
+    @property
+    def reference_output(self) -> Tensor:
+        """The output at this site when the reference is forwarded."""
+        return self.function(*self.reference_inputs)
+
+    def derivative(self) -> Tensor:
+        """f'(input), element by element.
+
+        Raises:
+            RuleError: the operation does not act element by element; use `true_gradient`.
+        """
+        if self.kind not in ACTIVATIONS:
+            raise RuleError(
+                f"A {self.kind} does not act element by element, so it has no derivative of its input's shape "
+                f"({self.where}). Use site.true_gradient(grad_output), or leave {self.kind!r} out of the rule's kinds."
+            )
+        like = self.saved_output if self.saved_output is not None else self.input
+        gradient = self.true_gradient(torch.ones_like(like))
+        assert isinstance(gradient, Tensor)
+        return gradient
+
+    def true_gradient(self, grad_output: Tensor) -> Gradients:
+        """The chain rule: the vector-Jacobian product of the operation; a pair for a product."""
+        if self.pull is not None:
+            return self.pull(self, grad_output)
+        # The general case: run the operation again on its own, and let autograd differentiate it. With
+        # create_graph, the copy stays tied to the recorded input, so that double backward sees f''.
+        differentiable = torch.is_grad_enabled()
+        with torch.enable_grad():
+            inputs = tuple(i if differentiable and i.requires_grad else i.detach().requires_grad_() for i in self.inputs)
+            aliases = tuple(i.view_as(i) for i in inputs)  # x * x: each factor gets its own gradient
+            gradients = torch.autograd.grad(self.function(*aliases), aliases, grad_output, create_graph=differentiable)
+        return gradients if len(gradients) > 1 else gradients[0]
+
+    @property
+    def where(self) -> str:
+        """The site in words, for messages."""
+        return f"site {self.index}, {self.kind} in module {self.module or 'the model itself'!r}, call {self.call}"
+
+    def with_tensors(
+        self,
+        inputs: tuple[Tensor, ...] | None,
+        output: Tensor | None,
+        reference: tuple[Tensor, ...] | None,
+        rule: str,
+    ) -> "Site":
+        """This site with what was kept of it; records stay immutable and hold no activations themselves."""
+        return replace(self, saved_inputs=inputs, saved_output=output, saved_reference=reference, rule=rule)
+
+    def _missing(self, need: str) -> RuleError:
+        return RuleError(
+            f"The rule {self.rule!r} reads the {need} of {self.where}, which was not kept. "
+            f"Declare it: needs = frozenset({{{need!r}, ...}}) in the rule's class."
+        )
+
+
+class Rule(ABC):
+    """How a gradient passes a non-linearity. Subclass it, implement `propagate`, and register it.
+
+    `kinds`: the kinds of sites that the rule is asked about; the true derivative holds at all others.
+    `needs`: which tensors `propagate` reads, of "input", "output", "derivative" (for `site.derivative()` and
+    `site.true_gradient()`) and "reference"; nothing else is kept in memory.
+
+    A rule is pure: no state, no dependence between samples, only differentiable torch operations. Rules with
+    options are frozen dataclasses.
+    """
+
+    kinds: ClassVar[frozenset[str]] = ACTIVATIONS
+    needs: ClassVar[frozenset[str]] = frozenset({"derivative"})
+
+    def needs_at(self, kind: str) -> frozenset[str]:
+        """What `propagate` reads at sites of this kind; override it where it is less than `needs`."""
+        del kind
+        return self.needs
+
+    @abstractmethod
+    def propagate(self, site: Site, grad_output: Tensor) -> Gradients:
+        """Gradient with respect to the site's input, of its shape; a pair for a product (any broadcast shape)."""
+
+    @property
+    def uses_reference(self) -> bool:
+        """Whether the rule compares with a reference recording."""
+        return "reference" in self.needs

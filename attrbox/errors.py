@@ -1,0 +1,91 @@
+"""What can go wrong, as exceptions.
+
+    AttrboxError
+    ├── InputError            images or baselines that cannot be explained
+    ├── TargetError           a target that the model's output does not have
+    ├── OptionError           an unknown option, or a value out of range
+    ├── UnknownNameError      no method, rule or model of that name
+    ├── DuplicateNameError    a name registered twice
+    ├── ModelError            a model that cannot be run or explained
+    │   ├── ForwardError      the model itself raised; the original exception is the cause
+    │   ├── UnsupportedModelError  scripted, compiled or replicated: operations cannot be seen
+    │   └── NoGradientError   the output does not depend on the images
+    ├── RuleError             a propagation rule broke its contract
+    ├── OutOfMemoryError      not even one image fits
+    └── FileError             a file that cannot be read or written
+
+Every message says what was expected, what came, and what to do. Each class also derives from the
+built-in exception that callers would expect (`ValueError`, `RuntimeError`, ...).
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class AttrboxError(Exception):
+    """Base class of all errors that attrbox raises on purpose."""
+
+
+class InputError(AttrboxError, ValueError):
+    """Images or baselines have the wrong type, shape or values."""
+
+
+class TargetError(AttrboxError, ValueError):
+    """The target does not fit the model's output or the number of images."""
+
+
+class OptionError(AttrboxError, ValueError):
+    """An option is unknown or its value is out of range."""
+
+
+class UnknownNameError(AttrboxError, LookupError):
+    """No such method, rule or model."""
+
+
+class DuplicateNameError(AttrboxError, ValueError):
+    """A name is already taken in a registry."""
+
+
+class ModelError(AttrboxError, RuntimeError):
+    """The model cannot be run or explained."""
+
+
+class ForwardError(ModelError):
+    """The model's forward pass raised; see `__cause__`."""
+
+
+class UnsupportedModelError(ModelError):
+    """The model hides its operations (scripted, compiled, replicated)."""
+
+
+class NoGradientError(ModelError):
+    """The explained score does not depend on the images."""
+
+
+class RuleError(AttrboxError, RuntimeError):
+    """A propagation rule reads what it did not declare, or returns something ill-shaped."""
+
+
+class OutOfMemoryError(AttrboxError, MemoryError):
+    """A single image does not fit into memory."""
+
+
+class FileError(AttrboxError, OSError):
+    """A file cannot be read or written."""
+
+
+class PluginWarning(UserWarning):
+    """A third-party plug-in could not be loaded; the rest works."""
+
+
+class TrainingModeWarning(UserWarning):
+    """The model was in training mode and is explained in evaluation mode."""
+
+
+def near_miss(name: str, known: Iterable[str]) -> str:
+    """A sentence that helps after a misspelt name: the nearest ones, then all."""
+    names = sorted(known)
+    by_folded = {known_name.casefold(): known_name for known_name in names}
+    near = [by_folded[match] for match in difflib.get_close_matches(str(name).casefold(), by_folded, n=3)]
+    hint = f"Did you mean {' or '.join(repr(match) for match in near)}? " if near else ""
+    return f"{hint}Known: {', '.join(names) or 'none'}."

@@ -1,0 +1,72 @@
+"""The user's model and process are left exactly as they were, also after an exception."""
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from attrbox.errors import ModelError, TrainingModeWarning
+
+
+def check_model(model: object) -> nn.Module:
+    """Return `model` if it is an `nn.Module` that can be differentiated.
+
+    Raises:
+        ModelError: it is something else, or was built in inference mode.
+    """
+    if not isinstance(model, nn.Module):
+        raise ModelError(
+            f"Expected the model to be a torch.nn.Module, got {type(model).__name__}. "
+            "Wrap a plain function in a module whose forward calls it."
+        )
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_inference():
+            raise ModelError(
+                f"{name!r} was created under torch.inference_mode(), so nothing can be differentiated through it. "
+                "Build or load the model outside of inference mode (torch.no_grad() is fine)."
+            )
+    return model
+
+
+@contextlib.contextmanager
+def untouched(model: nn.Module) -> Iterator[nn.Module]:
+    """Run `model` in evaluation mode with frozen parameters; put everything back on exit.
+
+    Everything is: each module's `training`, each parameter's `requires_grad`, the value and identity of each
+    buffer, and the global random state of the CPU and of the model's GPUs. Gradients are enabled inside,
+    whatever the caller's mode. Frozen parameters save memory: a convolution then keeps no input for them.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    if any(training for _, training in modes):
+        warnings.warn(
+            "The model is in training mode; it is explained in evaluation mode (dropout off, batch-norm with its "
+            "running statistics) and put back afterwards. Call model.eval() first to silence this.",
+            TrainingModeWarning,
+            stacklevel=4,
+        )
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    buffers = [
+        (module, name, buffer, buffer.detach().clone(), buffer._version)
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    devices = {tensor.device.index for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda}
+    with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=sorted(devices)):
+        try:
+            for module, _ in modes:
+                module.training = False  # not module.eval(): a user's override of train() may have side effects
+            for parameter, _ in flags:
+                parameter.requires_grad_(False)
+            yield model
+        finally:
+            for module, training in modes:
+                module.training = training
+            for parameter, requires_grad in flags:
+                parameter.requires_grad_(requires_grad)
+            for module, name, buffer, value, version in buffers:
+                if buffer._version != version:
+                    buffer.detach().copy_(value)
+                module._buffers[name] = buffer

@@ -1,0 +1,51 @@
+"""Layer-wise relevance propagation, epsilon rule, in gradient form.
+
+With relevance R = x * G, the epsilon rule of Bach et al. (PLoS ONE 2015, equation 58) passes non-linearities with
+
+    grad_input = grad_output * f(x) / (x + epsilon * sign(x)),     sign(0) = 1
+
+and linear layers with their gradient (Ancona et al., ICLR 2018, proposition 1): x includes the bias, which absorbs
+its share of relevance. The stabiliser acts where a non-linearity follows, not at the output layer. For epsilon -> 0
+on ReLU networks this is Gradient x Input. Max-pools pass to the winner. Each factor of a product gets half of its
+relevance, and softmax its true gradient, which is what AttnLRP derives for them (Achtibat et al., ICML 2024,
+propositions 3.1 and 3.3); so relevance is conserved there too.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attrbox.engine.site import ACTIVATIONS, Gradients, Rule, Site
+from attrbox.errors import OptionError
+
+
+@dataclass(frozen=True)
+class LRPEpsilon(Rule):
+    """f(x) / (x + epsilon sign(x)) at activations, one half of the gradient at products.
+
+    epsilon is in units of the activation; 1e-4 is the default of DeepExplain (Ancona et al. 2018).
+    """
+
+    epsilon: float = 1e-4
+
+    kinds = ACTIVATIONS | {"product"}
+    needs = frozenset({"input", "output"})
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.epsilon, int | float) and math.isfinite(self.epsilon) and self.epsilon > 0):
+            raise OptionError(f"Expected epsilon > 0 (it keeps f(x)/x finite), got {self.epsilon!r}.")
+
+    def needs_at(self, kind: str) -> frozenset[str]:
+        return {"relu": frozenset({"output"}), "product": frozenset({"derivative"})}.get(kind, self.needs)
+
+    def propagate(self, site: Site, grad_output: Tensor) -> Gradients:
+        if site.kind == "product":
+            first, second = site.true_gradient(grad_output)
+            return first / 2, second / 2
+        if site.kind == "relu":  # f(x) is x or 0: the output alone decides, so an in-place ReLU costs no copy
+            output = site.output
+            return grad_output * (output / (output + self.epsilon))
+        x = site.input
+        return grad_output * (site.output / (x + torch.where(x < 0, -self.epsilon, self.epsilon).to(x.dtype)))

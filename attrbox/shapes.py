@@ -1,0 +1,128 @@
+"""Result types, and the words for shapes that the documentation uses.
+
+    n, N    images in a chunk, in a call      K      targets explained at once
+    C       channels of an image              H, W   its height and width (any number of axes is allowed)
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+ChannelReduction: TypeAlias = Literal["sum", "max"]
+
+
+class _HasPlace(Protocol):
+    @property
+    def kind(self) -> str: ...
+    @property
+    def module(self) -> str: ...
+    @property
+    def call(self) -> int: ...
+
+
+@dataclass(frozen=True, order=True)
+class Operated:
+    """One call of an operation: what, in which module (qualified name), in which call of that module."""
+
+    operation: str
+    module: str
+    call: int
+
+    @classmethod
+    def listed(cls, sites: Iterable[_HasPlace]) -> "tuple[Operated, ...]":
+        """The same for sites of a tape."""
+        return tuple(cls(site.kind, site.module, site.call) for site in sites)
+
+    def __str__(self) -> str:
+        again = f" (call {self.call})" if self.call else ""
+        return f"{self.operation} in {self.module or 'the model'}{again}"
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How the non-linear operations of the model were treated.
+
+    Attributes:
+        rule: got the method's rule.
+        derivative: known to the engine, but left to the true derivative by the method.
+        unknown: non-linear, and not understood by the engine: the true derivative held.
+    """
+
+    rule: tuple[Operated, ...] = ()
+    derivative: tuple[Operated, ...] = ()
+    unknown: tuple[Operated, ...] = ()
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing was left to the true derivative for want of understanding."""
+        return not self.unknown
+
+    def __str__(self) -> str:
+        parts = [
+            f"{title} {_counts(operations)}"
+            for title, operations in (("rule:", self.rule), ("derivative:", self.derivative), ("UNKNOWN:", self.unknown))
+            if operations
+        ]
+        return "; ".join(parts) or "plain gradient, no rule"
+
+
+def _counts(operations: Iterable[Operated]) -> str:
+    counts: dict[str, int] = {}
+    for operated in operations:
+        counts[operated.operation] = counts.get(operated.operation, 0) + 1
+    return ", ".join(f"{count} {name}" for name, count in counts.items())
+
+
+@dataclass(frozen=True, eq=False)
+class Attribution:
+    """The maps of one method.
+
+    Attributes:
+        method: registry name.
+        values: [N, C, H, W], or [N, 1, H, W] for methods without channels, or [N, K, C, H, W] for K targets at once;
+            raw and (unless the method says otherwise) signed: positive supports the target.
+        target: class indices [N], or [N, K]; None if the target is a function.
+        score: what is explained, in units of the model's output, [N] or [N, K].
+        options: the method's options as they were used.
+        coverage: how the model's non-linear operations were treated.
+        gap: `values.sum() - expected` per map, [N] or [N, K], for methods whose values should sum to something (the
+            score's difference from the baseline, the score itself); None for the others.
+        relative_gap: `|gap| / |expected|`.
+        details: what else the method has to tell.
+        reduction: how the channels of `values` become one map for the eye.
+        units: units of `values` in words.
+    """
+
+    method: str
+    values: Tensor
+    target: Tensor | None
+    score: Tensor
+    options: Mapping[str, Any]
+    coverage: Coverage
+    gap: Tensor | None = None
+    relative_gap: Tensor | None = None
+    details: Mapping[str, Any] = field(default_factory=dict)
+    reduction: ChannelReduction = "sum"
+    units: str = ""
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def heatmap(self, reduction: ChannelReduction | None = None) -> Tensor:
+        """One map per image (and target): the channels summed, or their largest value, [N, H, W] or [N, K, H, W]."""
+        channel = 2 if self.score.dim() == 2 else 1
+        if self.values.dim() <= channel + 1:  # vectors [N, D] have features, no channels
+            return self.values
+        reduction = reduction or self.reduction
+        return self.values.sum(channel) if reduction == "sum" else self.values.amax(channel)
+
+    def __repr__(self) -> str:
+        gap = "" if self.relative_gap is None else f", largest relative gap {_largest(self.relative_gap)}"
+        return f"<Attribution {self.method} {list(self.values.shape)} {self.values.dtype}{gap}; {self.coverage}>"
+
+
+def _largest(values: Tensor) -> str:
+    return "unknown" if values.is_meta else f"{torch.nan_to_num(values, nan=float('inf')).max().item():.1e}"
