@@ -75,7 +75,7 @@ def images_per_pass(images: Tensor, forward: Callable[[Tensor], object], wanted:
     if limit <= 8 or images.is_meta:
         return max(limit, 1)
     with SavedBytes() as saved:
-        forward(images[:1].detach().clone().requires_grad_())
+        forward(images[:1].clone().requires_grad_())
     per_image = max(saved.total, images[:1].numel() * images.element_size())
     return max(1, min(limit, int(free_bytes(device) * USABLE) // per_image))
 

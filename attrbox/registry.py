@@ -37,6 +37,7 @@ class Registry(Mapping[str, T], Generic[T]):
         self.kind = kind
         self.group = group
         self.adopt: Callable[[str, Any], None] | None = None
+        self.also_load: list[Registry[Any]] = []  # registries whose plug-ins enter records here too
         self._records: dict[str, T] = {}
         self._keys: dict[str, str] = {}  # casefolded name or alias -> name
         self._plugins_loaded = False
@@ -96,6 +97,8 @@ class Registry(Mapping[str, T], Generic[T]):
         if self._plugins_loaded:
             return
         self._plugins_loaded = True
+        for other in self.also_load:
+            other.load_plugins()
         for entry_point in importlib.metadata.entry_points(group=self.group):
             try:
                 loaded = entry_point.load()

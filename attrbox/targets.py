@@ -73,6 +73,7 @@ class Target:
     """
 
     def __init__(self, target: "TargetLike | Target", samples: int) -> None:
+        self.samples = samples
         self.many = False
         self.count: int | None = None
         self.function: Callable[[Tensor], Tensor] | None = None

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attrbox.engine.site import Gradients, Site
+from attrbox.engine.site import GATES, Gradients, Site
 
 Function = Callable[..., Any]
 aten = torch.ops.aten
@@ -186,7 +186,16 @@ def _product(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     second = _argument(rest, kwargs, 0, "other", None)
     if not (is_activation(first) and is_activation(second)) or kwargs.get("out") is not None:
         return None
-    return Operation("product", (first, second), function, torch.mul, _in_place(function, rest, kwargs, None))
+    gates = (_is_gate(first), _is_gate(second))
+    writes = _in_place(function, rest, kwargs, None)
+    return Operation("product", (first, second), function, torch.mul, writes, options={"gates": gates})
+
+
+def _is_gate(factor: Tensor) -> bool:
+    site = getattr(factor.grad_fn, "site", None)  # what made the factor, recorded or native
+    if isinstance(site, Site):
+        return site.kind in GATES
+    return type(factor.grad_fn).__name__ in ("SigmoidBackward0", "HardsigmoidBackward0")
 
 
 # ------------------------------------------------------------------------------------------------------- tables

@@ -80,7 +80,7 @@ class Tape:
         while True:
             recorder = _Recorder(self.model, self._needs, (), copies, reference=True)
             with torch.enable_grad():  # as for the images: what requires a gradient is an activation
-                output = _forward(self.model, reference.detach().clone().requires_grad_(), recorder)
+                output = forward(self.model, reference.detach().clone().requires_grad_(), recorder)
             if not (stale := recorder.stale()):
                 break
             copies |= stale
@@ -171,13 +171,13 @@ def record(
     """
     leaf = images.detach().requires_grad_()
     if not rules and not layers:
-        return Tape(model, leaf, _forward(model, leaf.clone(), None), None)
+        return Tape(model, leaf, forward(model, leaf.clone()), None)
     check_visible(model)
     needs = _needs(rules)
     copies: frozenset[int] = frozenset()
     while True:
         recorder = _Recorder(model, needs, layers, copies)
-        output = _forward(model, leaf.clone(), recorder)
+        output = forward(model, leaf.clone(), recorder)
         if not (stale := recorder.stale()):
             break
         copies |= stale
@@ -462,7 +462,7 @@ class _Recorder(TorchFunctionMode):
         return self._modules[-1][0]
 
 
-def _forward(model: nn.Module, images: Tensor, recorder: _Recorder | None) -> Any:
+def forward(model: nn.Module, images: Tensor, recorder: _Recorder | None = None) -> Any:
     """Call the model; whatever it raises becomes a `ForwardError` (out of memory stays what it is)."""
     watching = recorder.watching() if recorder else contextlib.nullcontext()
     try:

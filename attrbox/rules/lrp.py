@@ -6,9 +6,10 @@ With relevance R = x * G, the epsilon rule of Bach et al. (PLoS ONE 2015, equati
 
 and linear layers with their gradient (Ancona et al., ICLR 2018, proposition 1): x includes the bias, which absorbs
 its share of relevance. The stabiliser acts where a non-linearity follows, not at the output layer. For epsilon -> 0
-on ReLU networks this is Gradient x Input. Max-pools pass to the winner. Each factor of a product gets half of its
-relevance, and softmax its true gradient, which is what AttnLRP derives for them (Achtibat et al., ICML 2024,
-propositions 3.1 and 3.3); so relevance is conserved there too.
+on ReLU networks this is Gradient x Input. Max-pools pass to the winner. So that relevance is not doubled at products,
+a factor that a sigmoid made (the gate of a squeeze-and-excitation) gets none and the other one all of it (Arras et
+al., WASSA 2017, section 3.1); other pairs get half each, and softmax its true gradient, which is what AttnLRP derives
+(Achtibat et al., ICML 2024, propositions 3.1 and 3.3).
 """
 
 import math
@@ -23,7 +24,7 @@ from attrbox.errors import OptionError
 
 @dataclass(frozen=True)
 class LRPEpsilon(Rule):
-    """f(x) / (x + epsilon sign(x)) at activations, one half of the gradient at products.
+    """f(x) / (x + epsilon sign(x)) at activations; products share their relevance, gates get none.
 
     epsilon is in units of the activation; 1e-4 is the default of DeepExplain (Ancona et al. 2018).
     """
@@ -43,7 +44,13 @@ class LRPEpsilon(Rule):
     def propagate(self, site: Site, grad_output: Tensor) -> Gradients:
         if site.kind == "product":
             first, second = site.true_gradient(grad_output)
-            return first / 2, second / 2
+            match site.options["gates"]:
+                case (True, False):
+                    return torch.zeros_like(first), second
+                case (False, True):
+                    return first, torch.zeros_like(second)
+                case _:
+                    return first / 2, second / 2
         if site.kind == "relu":  # f(x) is x or 0: the output alone decides, so an in-place ReLU costs no copy
             output = site.output
             return grad_output * (output / (output + self.epsilon))

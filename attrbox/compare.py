@@ -1,0 +1,368 @@
+"""`explain` and `compare`: check, plan, run chunk by chunk, collect.
+
+The plan is short, because a `Run` keeps what it has computed: the forward pass is recorded once for the rules of all
+methods, those that replay it come first, and then it is forgotten before the passes over paths and noise begin.
+"""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from attrbox.errors import InputError, OptionError
+from attrbox.guard import check_model, untouched
+from attrbox.hdf5 import write_maps
+from attrbox.memory import backing_off, images_per_pass
+from attrbox.methods.base import Method, MethodSpec
+from attrbox.methods.base import methods as registry
+from attrbox.methods.run import Run, Settings
+from attrbox.plots import plot_comparison
+from attrbox.shapes import Attribution, Coverage
+from attrbox.targets import Target, TargetLike
+
+MethodLike: TypeAlias = "str | tuple[str, Mapping[str, Any]]"
+
+
+def list_methods() -> list[str]:
+    """Names of all methods, plug-ins included; `attrbox.methods[name]` tells more about each."""
+    return list(registry)
+
+
+def explain(
+    model: nn.Module,
+    images: Tensor,
+    method: str,
+    *,
+    target: TargetLike = None,
+    seed: int | Sequence[int] = 0,
+    batch_size: int | None = None,
+    precision: torch.dtype | None = None,
+    channels_last: bool = True,
+    progress: bool = True,
+    **options: Any,
+) -> Attribution:
+    """Attribution maps of one method.
+
+    Args:
+        model: any `nn.Module` that maps images to scores; run in evaluation mode and left as it was.
+        images: [N, C, H, W], as the model takes them (normalised); also [N, D], [N, C, L], [N, C, D, H, W].
+        method: a name of `list_methods()` or an alias.
+        target: what is explained (`attrbox.targets`); default: each sample's largest output.
+        seed: for methods that draw numbers. One seed gives every image the same stream; a sequence of N gives each its
+            own. A map depends on its image and its seed, not on its batch mates or the chunk.
+        batch_size: images per forward pass; default: by memory, and halved when memory runs out.
+        precision: `torch.bfloat16` or `torch.float16` for automatic mixed precision.
+        channels_last: run many-pass methods on [N, C, H, W] images in this memory format, which is faster; results
+            differ by rounding.
+        progress: show a progress bar on long work, if a terminal is there to show it.
+        **options: the method's own (`attrbox.methods[method].options`).
+
+    Returns:
+        The maps, the explained classes and scores, the coverage and, where defined, the completeness gap.
+
+    Raises:
+        AttrboxError: see `attrbox.errors`; nothing is changed then either.
+    """
+    spec = registry[method]
+    chosen = {spec.name: (spec, spec.create(options))}
+    call = _Call(target, seed, batch_size, precision, channels_last, progress)
+    return _run(model, images, chosen, call)[spec.name]
+
+
+def compare(
+    model: nn.Module,
+    images: Tensor,
+    methods: Sequence[MethodLike],
+    *,
+    target: TargetLike = None,
+    seed: int | Sequence[int] = 0,
+    batch_size: int | None = None,
+    precision: torch.dtype | None = None,
+    channels_last: bool = True,
+    progress: bool = True,
+) -> "Comparison":
+    """Attribution maps of several methods that share their passes through the model.
+
+    Args:
+        model, images, target, seed, batch_size, precision, channels_last, progress: as for `explain`.
+        methods: names, or pairs of a name and its options. A name that comes twice is told apart by its
+            options, as in "integrated_gradients(steps=100)".
+
+    Returns:
+        A mapping from those names to `Attribution`s, with timings, a figure and an HDF5 file on demand.
+
+    Raises:
+        AttrboxError: see `attrbox.errors`; nothing is changed then either.
+    """
+    if isinstance(methods, str) or not methods:
+        raise OptionError(
+            f"Expected a list of methods, such as ['saliency', ('integrated_gradients', {{'steps': 100}})], "
+            f"got {methods!r}."
+        )
+    chosen: dict[str, tuple[MethodSpec, Method]] = {}
+    for entry in methods:
+        name, options = (entry, {}) if isinstance(entry, str) else _pair(entry)
+        spec = registry[name]
+        label = spec.name
+        if label in chosen:
+            label = f"{label}({', '.join(f'{key}={value}' for key, value in options.items())})"
+        if label in chosen:
+            raise OptionError(f"The method {label!r} is listed twice with the same options.")
+        chosen[label] = (spec, spec.create(options))
+    return _run(model, images, chosen, _Call(target, seed, batch_size, precision, channels_last, progress))
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison(Mapping[str, Attribution]):
+    """The maps of several methods, by label, in the order asked for.
+
+    Attributes:
+        attributions: label -> maps.
+        images: what was explained, [N, ...].
+        predictions: the class of the largest output of each image, [N]; None if the outputs are not [N, classes].
+        timings: seconds by label; "forward pass" is the recorded one that the methods shared, and what methods share
+            beyond it counts for the first that asks.
+    """
+
+    attributions: dict[str, Attribution]
+    images: Tensor
+    predictions: Tensor | None
+    timings: dict[str, float] = field(default_factory=dict)
+
+    def __getitem__(self, label: str) -> Attribution:
+        if label in self.attributions:
+            return self.attributions[label]
+        return self.attributions[registry[label].name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.attributions)
+
+    def __len__(self) -> int:
+        return len(self.attributions)
+
+    def table(self) -> str:
+        """Methods, seconds, largest relative gap and coverage, as a Markdown table."""
+        lines = ["| method | seconds | relative gap | non-linear operations |", "|---|---:|---:|---|"]
+        for label, maps in self.attributions.items():
+            gap = "" if maps.relative_gap is None else f"{maps.relative_gap.nan_to_num(nan=float('inf')).max().item():.1e}"
+            lines.append(f"| {label} | {self.timings[label]:.2f} | {gap} | {maps.coverage} |")
+        if "forward pass" in self.timings:
+            lines.append(f"| (recorded forward pass, shared) | {self.timings['forward pass']:.2f} | | |")
+        return "\n".join(lines)
+
+    def plot(self, path: str | Path | None = None, **options: Any) -> Any:
+        """A figure with one row per image and one column per method; see `attrbox.plots.plot_comparison`."""
+        return plot_comparison(self.images, self.attributions, path, **options)
+
+    def to_hdf5(self, path: str | Path, **options: Any) -> Path:
+        """Write the maps to an HDF5 file; see `attrbox.hdf5.write_maps`."""
+        return write_maps(path, self.attributions, predictions=self.predictions, **options)
+
+    def __repr__(self) -> str:
+        return "<Comparison\n" + "\n".join(f"  {maps!r}" for maps in self.attributions.values()) + ">"
+
+
+# ------------------------------------------------------------------------------------------------------ the planner
+
+
+_Chosen: TypeAlias = dict[str, tuple[MethodSpec, Method]]
+
+
+@dataclass(frozen=True)
+class _Call:
+    """The arguments that `explain` and `compare` have in common."""
+
+    target: TargetLike
+    seed: int | Sequence[int]
+    batch_size: int | None
+    precision: torch.dtype | None
+    channels_last: bool
+    progress: bool
+
+    def __post_init__(self) -> None:
+        if self.precision not in (None, torch.bfloat16, torch.float16):
+            raise OptionError(f"Expected precision to be None, torch.bfloat16 or torch.float16, got {self.precision!r}.")
+        size = self.batch_size
+        if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+            raise OptionError(f"Expected batch_size to be a whole number >= 1, or None, got {size!r}.")
+
+
+def _run(model: nn.Module, images: Tensor, chosen: _Chosen, call: _Call) -> Comparison:
+    model = check_model(model)
+    with torch.inference_mode(False):
+        images = check_images(images).detach().clone()  # of an inference tensor, the clone is an ordinary one
+    count = len(images)
+    target = Target(call.target, count)
+    seeds = _seeds(call.seed, count)
+    # Methods that replay the recorded pass go first, so that its memory is free when the others begin.
+    order = sorted(chosen, key=lambda label: not _replays(chosen[label][1]))
+    used = [method for _, method in chosen.values()]
+    rules = list(dict.fromkeys(rule for method in used for rule in method.rules))
+    layers = list(dict.fromkeys(layer for method in used for layer in method.layers))
+    chunks: list[_Chunk] = []
+    with untouched(model), _bar(count * sum(method.passes for method in used), call.progress) as bar:
+        settings = Settings(target, seeds, call.precision, call.channels_last, bar.update)
+        size = call.batch_size or images_per_pass(
+            images,
+            lambda few: Run(model, few, settings, slice(0, 1), 1).bare_forward(),
+            wanted=count * max(1, *(method.passes for method in used)),
+        )
+        start = 0
+        while start < count:
+
+            def work(size: int, start: int = start) -> _Chunk:
+                rows = slice(start, min(start + size, count))
+                run = Run(model, images[rows], settings, rows, size, rules, layers)
+                return _explain_chunk(run, chosen, order, bar)
+
+            chunk, size = backing_off(size, work)
+            chunks.append(chunk)
+            start += len(chunk.scores)
+    return _collect(chosen, chunks, images, target)
+
+
+def _bar(total: int, progress: bool) -> Any:
+    disable = None if progress else True  # None: shown on a terminal only
+    return tqdm(total=total, desc="attribution", unit="pass", delay=1, leave=False, disable=disable)
+
+
+def check_images(images: object) -> Tensor:
+    """Return `images` if they are a batch of finite floating-point numbers.
+
+    Raises:
+        InputError: they are not.
+    """
+    if not isinstance(images, Tensor):
+        raise InputError(f"Expected images as a torch.Tensor [N, C, H, W], got {type(images).__name__}.")
+    if not images.is_floating_point():
+        raise InputError(
+            f"Expected floating-point images, preprocessed as the model takes them, got {images.dtype}. "
+            "For 8-bit pixels: images.float() / 255, then the model's mean and standard deviation."
+        )
+    if images.dim() < 2:
+        raise InputError(f"Expected a batch, [N, C, H, W] or another shape that begins with N, got {list(images.shape)}.")
+    if images.numel() == 0:
+        raise InputError(f"Expected at least one image and one pixel, got {list(images.shape)}.")
+    if not images.is_meta and not bool(images.isfinite().all()):
+        bad = (~images.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
+        raise InputError(f"Expected finite pixels, got NaN or infinity in images {bad[:10]}. Mend or leave out these.")
+    return images
+
+
+def _seeds(seed: int | Sequence[int], count: int) -> tuple[int, ...]:
+    seeds = (seed,) if isinstance(seed, int) else tuple(seed)
+    if not all(isinstance(one, int) and not isinstance(one, bool) for one in seeds):
+        raise OptionError(f"Expected the seed to be a whole number, or one per image, got {seed!r}.")
+    if not isinstance(seed, int) and len(seeds) != count:
+        raise OptionError(f"Expected one seed per image, {count} in all, got {len(seeds)}.")
+    return seeds
+
+
+def _pair(entry: object) -> tuple[str, Mapping[str, Any]]:
+    if isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[0], str) and isinstance(entry[1], Mapping):
+        return entry[0], entry[1]
+    raise OptionError(f"Expected a method's name or a pair (name, {{option: value}}), got {entry!r}.")
+
+
+def _replays(method: Method) -> bool:
+    return bool(method.rules or method.layers)
+
+
+@dataclass
+class _Chunk:
+    scores: Tensor
+    indices: Tensor | None
+    predictions: Tensor | None
+    values: dict[str, Tensor] = field(default_factory=dict)
+    expected: dict[str, Tensor | None] = field(default_factory=dict)
+    coverage: dict[str, Coverage] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def _explain_chunk(run: Run, chosen: _Chosen, order: list[str], bar: Any) -> _Chunk:
+    """All methods on one chunk."""
+    clock = _Clock(run.images.device)
+    scores = run.scores
+    chunk = _Chunk(scores, run.indices, run.predictions)
+    chunk.seconds["forward pass"] = clock.lap()
+    held = any(_replays(method) for _, method in chosen.values())
+    done = bar.n
+    for label in order:
+        method = chosen[label][1]
+        if held and not _replays(method):
+            run.release()
+            held = False
+        values = method.attribute(run)
+        if values.shape[:2] != scores.shape:
+            raise OptionError(
+                f"The method {label!r} must return maps of shape [n, K, ...] with n, K = {list(scores.shape)}, "
+                f"got {list(values.shape)}."
+            )
+        chunk.values[label] = values.detach()
+        chunk.expected[label] = method.expected(run)
+        chunk.coverage[label] = method.coverage(run)
+        chunk.seconds[label] = clock.lap()
+        done += method.passes * len(scores)
+        bar.update(done - bar.n)
+    return chunk
+
+
+def _collect(chosen: _Chosen, chunks: list[_Chunk], images: Tensor, target: Target) -> Comparison:
+    """Join the chunks of a call."""
+    many = target.many or chunks[0].scores.shape[1] > 1
+
+    def joined(parts: list[Tensor]) -> Tensor:
+        whole = torch.cat(parts) if len(parts) > 1 else parts[0]
+        return whole if many else whole.squeeze(1)
+
+    scores = joined([chunk.scores for chunk in chunks])
+    indices = None if chunks[0].indices is None else joined([chunk.indices for chunk in chunks if chunk.indices is not None])
+    attributions = {}
+    for label, (spec, method) in chosen.items():
+        values = joined([chunk.values[label] for chunk in chunks])
+        gap = relative = None
+        if chunks[0].expected[label] is not None:
+            expected = joined([wanted for chunk in chunks if (wanted := chunk.expected[label]) is not None])
+            gap = values.flatten(scores.dim()).sum(-1) - expected
+            relative = gap.abs() / expected.abs()
+        attributions[label] = Attribution(
+            method=spec.name,
+            values=values,
+            target=indices,
+            score=scores,
+            options=spec.settings(method),
+            coverage=chunks[0].coverage[label],
+            gap=gap,
+            relative_gap=relative,
+            reduction=spec.reduction,
+            units=spec.units,
+        )
+    predictions = None
+    if chunks[0].predictions is not None:
+        predictions = torch.cat([chunk.predictions for chunk in chunks if chunk.predictions is not None])
+    labels = ("forward pass", *chosen)
+    seconds = {label: sum(chunk.seconds[label] for chunk in chunks) for label in labels}
+    return Comparison(attributions, images, predictions, seconds)
+
+
+class _Clock:
+    """Seconds between laps, with the device's work done."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._last = self._now()
+
+    def lap(self) -> float:
+        now = self._now()
+        seconds, self._last = now - self._last, now
+        return seconds
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)  # once per method and chunk
+        return time.perf_counter()

@@ -1,0 +1,209 @@
+"""What a method is: a frozen dataclass whose fields are its options, and `attribute(run)`.
+
+    @register_method("gradient_norm", summary="...", reference="...")
+    @dataclass(frozen=True, kw_only=True)
+    class GradientNorm(Method):
+        power: float = option(2.0, "exponent")
+
+        def attribute(self, run):
+            return run.gradient().abs() ** self.power
+
+`run` (`attrbox.methods.run.Run`) holds a chunk of images and computes each shared quantity once, so that methods that
+ask for the same one share it.
+"""
+
+import dataclasses
+import difflib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from attrbox.engine.site import Rule
+from attrbox.errors import OptionError
+from attrbox.registry import Registry
+from attrbox.shapes import ChannelReduction, Coverage
+
+if TYPE_CHECKING:
+    from attrbox.methods.run import Run
+
+
+def option(default: Any, help: str) -> Any:
+    """A field of a method with its default and a line of help."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method(ABC):
+    """A method with its options set. Checks of options go into `__post_init__` and raise `OptionError`."""
+
+    @abstractmethod
+    def attribute(self, run: "Run") -> Tensor:
+        """The maps of a chunk, [n, K, C, H, W], signed unless documented otherwise."""
+
+    @property
+    def rules(self) -> tuple[Rule | None, ...]:
+        """The rules that `attribute` will replay on the images' own forward pass, so that one recording can serve
+        several methods; None is the true gradient."""
+        return ()
+
+    @property
+    def layers(self) -> tuple[str | None, ...]:
+        """The layers whose feature maps `attribute` will ask for; None is the last spatial one."""
+        return ()
+
+    @property
+    def passes(self) -> int:
+        """Forward and backward passes per image, for the progress bar and the size of chunks."""
+        return 1
+
+    def expected(self, run: "Run") -> Tensor | None:
+        """What the values of each map should sum to, [n, K], if the method promises a sum."""
+        del run
+        return None
+
+    def coverage(self, run: "Run") -> Coverage:
+        """How the model's non-linear operations were treated."""
+        return next((run.tape.coverage(rule) for rule in self.rules if rule is not None), Coverage())
+
+
+@dataclass(frozen=True)
+class OptionInfo:
+    """One option of a method: name, default and a line of help."""
+
+    name: str
+    default: Any
+    help: str
+
+    def __str__(self) -> str:
+        return f"{self.name}={self.default!r}: {self.help}"
+
+
+@dataclass(frozen=True)
+class MethodSpec:
+    """A registry record. `attrbox.methods["deeplift"].options` lists what can be set."""
+
+    name: str
+    build: Callable[..., Method] = field(repr=False)
+    summary: str
+    reference: str
+    options: tuple[OptionInfo, ...] = ()
+    aliases: tuple[str, ...] = ()
+    reduction: ChannelReduction = "sum"
+    units: str = "score"
+
+    def create(self, options: Mapping[str, Any]) -> Method:
+        """The method with these options.
+
+        Raises:
+            OptionError: an option is unknown or out of range.
+        """
+        known = {info.name for info in self.options}
+        for name in options:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"Did you mean {near[0]!r}? " if near else ""
+                raise OptionError(
+                    f"The method {self.name!r} has no option {name!r}. {hint}"
+                    f"Options: {', '.join(sorted(known)) or 'none'}."
+                )
+        try:
+            return self.build(**options)
+        except TypeError as error:  # wrong types that a method's own checks compare
+            raise OptionError(f"The options {dict(options)!r} do not fit the method {self.name!r}: {error}.") from error
+
+    def settings(self, method: Method) -> dict[str, Any]:
+        """The value of each option of a method that `create` made."""
+        rule = getattr(method, "rule", None)  # a rule's own options are those of the method too
+        return {info.name: getattr(method, info.name, getattr(rule, info.name, None)) for info in self.options}
+
+
+methods: Registry[MethodSpec] = Registry("method", "attrbox.methods")
+
+M = TypeVar("M", bound=type[Method])
+
+
+def register_method(
+    name: str,
+    *,
+    summary: str,
+    reference: str,
+    aliases: tuple[str, ...] = (),
+    reduction: ChannelReduction = "sum",
+    units: str = "score",
+) -> Callable[[M], M]:
+    """Class decorator: enter a `Method` into the registry under `name`.
+
+    Args:
+        name: what users type.
+        summary: one line for tables.
+        reference: where the method was published.
+        aliases: other names, for instance the paper's abbreviation.
+        reduction: how the channels become one map for the eye.
+        units: what one unit of the map is, in words.
+
+    Raises:
+        DuplicateNameError: the name or an alias is taken.
+    """
+
+    def enter(cls: M) -> M:
+        fields = dataclasses.fields(cls)
+        options = tuple(OptionInfo(f.name, f.default, str(f.metadata.get("help", ""))) for f in fields if f.init)
+        methods.add(MethodSpec(name, cls, summary, reference, options, aliases, reduction, units))
+        return cls
+
+    return enter
+
+
+def _adopt(name: str, loaded: Any) -> None:
+    """Enter what an entry point of `attrbox.methods` names, if importing it did not do so."""
+    summary = (loaded.__doc__ or name).strip().splitlines()[0]
+    register_method(name, summary=summary, reference=f"plug-in {loaded.__module__}")(loaded)
+
+
+methods.adopt = _adopt
+
+
+# ------------------------------------------------------------------------------------------------ checks of options
+
+
+def check(valid: bool, name: str, wanted: str, value: object) -> None:
+    """Raise `OptionError` unless `valid`."""
+    if not valid:
+        raise OptionError(f"Expected {name} to be {wanted}, got {value!r}.")
+
+
+def check_count(name: str, value: object) -> None:
+    """A whole number of at least 1."""
+    valid = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    check(valid, name, "a whole number >= 1", value)
+
+
+def check_flag(name: str, value: object) -> None:
+    """True or False."""
+    check(isinstance(value, bool), name, "True or False", value)
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """One of a few words."""
+    check(value in choices, name, " or ".join(repr(choice) for choice in choices), value)
+
+
+def check_layer(value: object) -> None:
+    """A module's name, or None for the last feature map."""
+    check(value is None or isinstance(value, str), "layer", "the name of a module (model.named_modules()), or None", value)
+
+
+def check_baseline(value: object) -> None:
+    """A number or a tensor; its shape is checked against the images later."""
+    number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
+    valid = number or isinstance(value, Tensor)
+    check(valid, "baseline", "a finite number, or a tensor of shape [C, H, W], [1, C, H, W] or [N, C, H, W]", value)
+
+
+def identity(value: object) -> object:
+    """A hashable stand-in: equal for equal options, and for the same tensor."""
+    return ("tensor", id(value)) if isinstance(value, torch.Tensor) else value

@@ -1,0 +1,389 @@
+"""A run: one chunk of images under one model, and all that methods may want to know about it, computed once.
+
+Every quantity is kept under its arguments, so two methods that ask for the same one share its passes through the
+model: one recorded forward serves all rules, one set of noise samples the whole SmoothGrad family. What is asked for
+with other arguments is computed anew, and nothing is computed that nobody asks for.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from attrbox.engine.site import Rule
+from attrbox.engine.tape import Reference, Tape, forward, record
+from attrbox.errors import InputError, ModelError
+from attrbox.memory import backing_off
+from attrbox.methods.base import identity
+from attrbox.targets import Target, unwrap
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What holds for every chunk of a call.
+
+    Attributes:
+        target: what is explained.
+        seeds: one seed, or one per image of the call.
+        precision: dtype of automatic mixed precision, or None.
+        channels_last: run passes over many images in the channels_last memory format.
+        progress: called with the number of passes (an image forward and backward) that have been done.
+    """
+
+    target: Target
+    seeds: Sequence[int]
+    precision: torch.dtype | None = None
+    channels_last: bool = True
+    progress: Callable[[int], None] = lambda passes: None
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Mean and mean square of the gradients over noisy copies, [n, K, C, H, W]; `variance` is the biased one."""
+
+    mean: Tensor
+    variance: Tensor
+
+    @property
+    def mean_square(self) -> Tensor:
+        """E[g^2] = Var[g] + E[g]^2."""
+        return self.variance + self.mean**2
+
+
+class Run:
+    """One chunk. Methods call its functions; the planner makes it and throws it away.
+
+    Attributes:
+        images: [n, ...].
+        per_pass: how many images a forward pass may take.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        settings: Settings,
+        rows: slice,
+        per_pass: int,
+        rules: Sequence[Rule | None] = (),
+        layers: Sequence[str | None] = (),
+    ) -> None:
+        self.model = model
+        self.images = images
+        self.settings = settings
+        self.rows = rows
+        self.per_pass = per_pass
+        self._rules = [rule for rule in rules if rule is not None]
+        self._layers = layers
+        self._taped = bool(rules or layers)
+        self._cache: dict[tuple[object, ...], object] = {}
+
+    # ------------------------------------------------------------------------------------ one recorded forward pass
+
+    @property
+    def tape(self) -> Tape:
+        """The recorded forward pass of the images."""
+
+        def compute() -> Tape:
+            with self.autocast():
+                return record(self.model, self.images, self._rules, self._layers)
+
+        return self._once(("tape",), compute)
+
+    def release(self) -> None:
+        """Forget the recorded pass, once the methods that replay it are done."""
+        self._scored()  # outlives the tape, as the path and noise methods need the targets
+        self._cache = {key: value for key, value in self._cache.items() if key[0] not in ("tape", "output", "reference")}
+
+    @property
+    def scores(self) -> Tensor:
+        """The explained scores of the images, [n, K], without gradient."""
+        return self._scored()[0]
+
+    @property
+    def indices(self) -> Tensor | None:
+        """The explained class indices, [n, K]; None for a target function."""
+        return self._scored()[1]
+
+    @property
+    def predictions(self) -> Tensor | None:
+        """The class of the largest output, [n]; None if the outputs are not [n, classes]."""
+        return self._scored()[2]
+
+    def bare_forward(self) -> Tensor:
+        """The model's outputs with nothing recorded."""
+        with self.autocast():
+            return self._check(unwrap(forward(self.model, self.images.clone())), len(self.images))
+
+    def _scored(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        def compute() -> tuple[Tensor, Tensor | None, Tensor | None]:
+            if self._taped:
+                output = self._output()
+            else:  # nobody replays anything at the images themselves
+                with torch.no_grad():
+                    output = self.bare_forward()
+            indices = self.settings.target.resolve(output, self.rows)
+            scores = self.settings.target.score(output, indices).detach().to(self.images.dtype)
+            return scores, indices, output.detach().argmax(1) if output.dim() == 2 else None
+
+        return self._once(("scored",), compute)
+
+    def _output(self) -> Tensor:
+        return self._once(("output",), lambda: self._check(unwrap(self.tape.output), len(self.images)))
+
+    def _replay(self, inputs: Tensor, rule: Rule | None = None, reference: Reference | None = None) -> Tensor:
+        """The gradient of each score with respect to `inputs`, [n, K, ...]."""
+        scores = self.settings.target.score(self._output(), self.indices)
+        with self.autocast():
+            gradients = [
+                self.tape.replay(scores[:, k], [inputs], rule, reference=reference)[0] for k in range(scores.shape[1])
+            ]
+        return torch.stack(gradients, 1).to(self.images.dtype)
+
+    def gradient(self, rule: Rule | None = None, baseline: float | Tensor = 0.0) -> Tensor:
+        """Gradient of each score with respect to the images, propagated by `rule`, [n, K, C, H, W].
+
+        Args:
+            rule: None for the true gradient.
+            baseline: what a rule that uses a reference compares with.
+        """
+        uses_reference = rule is not None and rule.uses_reference
+        key = ("gradient", rule, identity(baseline) if uses_reference else None)
+
+        def compute() -> Tensor:
+            reference = self.reference(baseline) if uses_reference else None
+            return self._replay(self.tape.images, rule, reference)
+
+        return self._once(key, compute)
+
+    def feature_map(self, layer: str | None) -> tuple[Tensor, Tensor]:
+        """A layer's output [n, C, ...], and the gradient of each score with respect to it, [n, K, C, ...]."""
+
+        def compute() -> tuple[Tensor, Tensor]:
+            features = self.tape.feature_maps[layer]
+            return features.detach().to(self.images.dtype), self._replay(features)
+
+        return self._once(("feature_map", layer), compute)
+
+    # ------------------------------------------------------------------------------------------- baselines, references
+
+    def baseline(self, baseline: float | Tensor) -> Tensor:
+        """A baseline as a tensor: [1, C, H, W] if all images share it, else [n, C, H, W].
+
+        Raises:
+            InputError: its shape does not fit the images.
+        """
+        if not isinstance(baseline, Tensor):
+            return torch.full_like(self.images[:1], float(baseline))
+        wanted = self.images.shape[1:]
+        tensor = baseline.detach().to(self.images)
+        if tensor.shape == wanted:
+            return tensor[None]
+        if tensor.shape[1:] == wanted and len(tensor) == 1:
+            return tensor
+        if tensor.shape[1:] == wanted and len(tensor) == self.settings.target.samples:
+            return tensor[self.rows]
+        raise InputError(
+            f"Expected a baseline of shape {list(wanted)}, {[1, *wanted]} or {[self.settings.target.samples, *wanted]}, "
+            f"got {list(tensor.shape)}."
+        )
+
+    def reference(self, baseline: float | Tensor) -> Reference:
+        """The recorded forward pass of a baseline."""
+
+        def compute() -> Reference:
+            with self.autocast():
+                return self.tape.record_reference(self.baseline(baseline))
+
+        return self._once(("reference", identity(baseline)), compute)
+
+    def baseline_scores(self, baseline: float | Tensor) -> Tensor:
+        """The explained scores at the baseline, [n, K]."""
+
+        def compute() -> Tensor:
+            reference = self._cache.get(("reference", identity(baseline)))
+            if isinstance(reference, Reference):
+                raw = reference.output
+            else:
+                with self.autocast(), torch.no_grad():
+                    raw = forward(self.model, self.baseline(baseline).clone())
+            output = unwrap(raw)
+            output = output.expand(len(self.images), *output.shape[1:])
+            return self.settings.target.score(output, self.indices).detach().to(self.images.dtype)
+
+        return self._once(("baseline_scores", identity(baseline)), compute)
+
+    # ------------------------------------------------------------------------------------------ many passes per image
+
+    def path_gradient(self, steps: int, quadrature: str, baseline: float | Tensor) -> Tensor:
+        """The gradient averaged along the straight line from the baseline to the image, [n, K, C, H, W].
+
+            sum_k w_k grad f(x0 + a_k (x - x0)),     nodes a_k and weights w_k of `quadrature` on [0, 1]
+        """
+
+        def compute() -> Tensor:
+            nodes, weights = (torch.from_numpy(values).to(self.images) for values in quadratures[quadrature](steps))
+            start = self.baseline(baseline)
+            change = self.images - start
+            total = self._zeros()
+            for draws, gradients in self._gradients(steps, lambda draws: start + _steps(nodes[draws], change) * change):
+                total += torch.einsum("s,s...->...", weights[draws], gradients)
+            return total
+
+        return self._once(("path", steps, quadrature, identity(baseline)), compute)
+
+    def noise_moments(self, samples: int, noise: float) -> Moments:
+        """Moments of the gradient over `samples` copies with Gaussian noise, of standard deviation
+        `noise * (max - min)` of each image.
+
+        Sample k of an image depends on the image's seed and on k alone: neither on the chunk nor on its batch mates.
+        """
+
+        def compute() -> Moments:
+            images = self.images
+            axes = tuple(range(1, images.dim()))
+            deviation = noise * (images.amax(axes, keepdim=True) - images.amin(axes, keepdim=True))
+            mean, squares, count = self._zeros(), self._zeros(), 0
+            for draws, gradients in self._gradients(samples, lambda draws: images + self._noise(draws) * deviation):
+                # Welford's update by groups (Chan et al. 1979): no cancellation in the variance.
+                size = draws.stop - draws.start
+                group = gradients.mean(0)
+                squares += ((gradients - group) ** 2).sum(0) + (group - mean) ** 2 * (count * size / (count + size))
+                mean += (group - mean) * (size / (count + size))
+                count += size
+            return Moments(mean, squares / samples)
+
+        return self._once(("noise", samples, noise), compute)
+
+    def normal(self, draw: int) -> Tensor:
+        """Standard normal numbers of the images' shape; draw `draw` of each image's own stream, [1 or n, C, H, W]."""
+        return self._noise(slice(draw, draw + 1))[0]
+
+    def _noise(self, draws: slice) -> Tensor:
+        seeds = self.settings.seeds
+        seeds = seeds if len(seeds) == 1 else seeds[self.rows]
+        like = self.images[:1]
+        if like.is_meta:
+            return like.new_empty((draws.stop - draws.start, len(seeds), *like.shape[1:]))
+        generator = torch.Generator(like.device)
+        numbers = []
+        for draw in range(draws.start, draws.stop):
+            for seed in seeds:
+                generator.manual_seed(_mixed(seed, draw))
+                numbers.append(torch.randn(like.shape[1:], generator=generator, device=like.device, dtype=like.dtype))
+        return torch.stack(numbers).view(draws.stop - draws.start, len(seeds), *like.shape[1:])
+
+    def _gradients(self, draws: int, inputs: Callable[[slice], Tensor]) -> Iterator[tuple[slice, Tensor]]:
+        """Plain gradients of many versions of each image: yields (draws, gradients [draws, n, K, ...]) by groups.
+
+        `inputs(draws)` makes the versions, [draws, n, ...]. Groups are as large as `per_pass` allows, and shrink when
+        memory runs out.
+        """
+        indices = self.indices
+        n = len(self.images)
+        start = 0
+        while start < draws:
+
+            def work(size: int, start: int = start) -> tuple[slice, Tensor]:
+                group = slice(start, min(draws, start + max(1, size // n)))
+                versions = inputs(group)
+                count = len(versions)
+                repeated = None if indices is None else indices.repeat(count, 1)
+                gradients = self._native(versions.flatten(0, 1), repeated, size)
+                return group, gradients.unflatten(0, (count, n))
+
+            (group, gradients), self.per_pass = backing_off(self.per_pass, work)
+            yield group, gradients
+            start = group.stop
+
+    def _native(self, images: Tensor, indices: Tensor | None, per_pass: int) -> Tensor:
+        """Plain gradients of the scores, [m, K, ...], by autograd alone, `per_pass` images at a time."""
+        parts = []
+        for rows in (slice(i, i + per_pass) for i in range(0, len(images), per_pass)):
+            part = images[rows]
+            if self.settings.channels_last and part.dim() == 4:
+                part = part.contiguous(memory_format=torch.channels_last)
+            with self.autocast():
+                tape = record(self.model, part)
+                output = self._check(unwrap(tape.output), len(part))
+                scores = self.settings.target.score(output, None if indices is None else indices[rows])
+                gradients = [tape.replay(scores[:, k], [tape.images])[0] for k in range(scores.shape[1])]
+            parts.append(torch.stack(gradients, 1))
+            self.settings.progress(len(part))
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    # ------------------------------------------------------------------------------------------------------- helpers
+
+    @contextlib.contextmanager
+    def autocast(self) -> Iterator[None]:
+        """Automatic mixed precision, if the call asks for it."""
+        if self.settings.precision is None:
+            yield
+        else:
+            with torch.autocast(self.images.device.type, self.settings.precision):
+                yield
+
+    def _once(self, key: tuple[object, ...], compute: Callable[[], T]) -> T:
+        if key not in self._cache:
+            self._cache[key] = compute()
+        return cast(T, self._cache[key])
+
+    def _zeros(self) -> Tensor:
+        images = self.images
+        return images.new_zeros((len(images), self.scores.shape[1], *images.shape[1:]))
+
+    def _check(self, output: Tensor, count: int) -> Tensor:
+        if output.dim() == 0 or len(output) != count:
+            raise ModelError(
+                f"Expected one row of outputs per image, {count} in all, got {list(output.shape)}. Images need a batch "
+                "axis: images[None] for a single one."
+            )
+        return output
+
+
+def _steps(nodes: Tensor, like: Tensor) -> Tensor:
+    return nodes.view(-1, *(1,) * like.dim())
+
+
+def _mixed(seed: int, draw: int) -> int:
+    """A seed of 63 bits for one draw of one stream (SplitMix64's finaliser, so that neighbours are unrelated)."""
+    z = (seed * 0x9E3779B97F4A7C15 + (draw + 1) * 0xD1B54A32D192ED03) % 2**64
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
+    return (z ^ (z >> 31)) % 2**63
+
+
+def _midpoint(steps: int) -> tuple[Any, Any]:
+    return (np.arange(steps) + 0.5) / steps, np.full(steps, 1 / steps)
+
+
+def _gauss_legendre(steps: int) -> tuple[Any, Any]:
+    nodes, weights = np.polynomial.legendre.leggauss(steps)
+    return (nodes + 1) / 2, weights / 2
+
+
+def _right(steps: int) -> tuple[Any, Any]:
+    return np.arange(1, steps + 1) / steps, np.full(steps, 1 / steps)
+
+
+def _trapezoid(steps: int) -> tuple[Any, Any]:
+    if steps == 1:
+        return _midpoint(1)
+    weights = np.full(steps, 1 / (steps - 1))
+    weights[[0, -1]] /= 2
+    return np.linspace(0, 1, steps), weights
+
+
+# Nodes and weights on [0, 1]; the weights of each sum to 1.
+quadratures: dict[str, Callable[[int], tuple[Any, Any]]] = {
+    "midpoint": _midpoint,
+    "gauss_legendre": _gauss_legendre,
+    "right": _right,
+    "trapezoid": _trapezoid,
+}
