@@ -1,7 +1,7 @@
 """attrbox: attribution maps for PyTorch image classifiers.
 
-    maps = attrbox.explain(model, images, "deeplift")
-    result = attrbox.compare(model, images, ["saliency", "lrp_epsilon", ("integrated_gradients", {"steps": 100})])
+maps = attrbox.explain(model, images, "deeplift")
+result = attrbox.compare(model, images, ["saliency", "lrp_epsilon", ("integrated_gradients", {"steps": 100})])
 """
 
 from importlib.metadata import PackageNotFoundError, version

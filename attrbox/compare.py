@@ -149,7 +149,11 @@ class Comparison(Mapping[str, Attribution]):
         """Methods, seconds, largest relative gap and coverage, as a Markdown table."""
         lines = ["| method | seconds | relative gap | non-linear operations |", "|---|---:|---:|---|"]
         for label, maps in self.attributions.items():
-            gap = "" if maps.relative_gap is None else f"{maps.relative_gap.nan_to_num(nan=float('inf')).max().item():.1e}"
+            gap = (
+                ""
+                if maps.relative_gap is None
+                else f"{maps.relative_gap.nan_to_num(nan=float('inf')).max().item():.1e}"
+            )
             lines.append(f"| {label} | {self.timings[label]:.2f} | {gap} | {maps.coverage} |")
         if "forward pass" in self.timings:
             lines.append(f"| (recorded forward pass, shared) | {self.timings['forward pass']:.2f} | | |")
@@ -186,7 +190,9 @@ class _Call:
 
     def __post_init__(self) -> None:
         if self.precision not in (None, torch.bfloat16, torch.float16):
-            raise OptionError(f"Expected precision to be None, torch.bfloat16 or torch.float16, got {self.precision!r}.")
+            raise OptionError(
+                f"Expected precision to be None, torch.bfloat16 or torch.float16, got {self.precision!r}."
+            )
         size = self.batch_size
         if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
             raise OptionError(f"Expected batch_size to be a whole number >= 1, or None, got {size!r}.")
@@ -204,6 +210,7 @@ def _run(model: nn.Module, images: Tensor, chosen: _Chosen, call: _Call) -> Comp
     used = [method for _, method in chosen.values()]
     rules = list(dict.fromkeys(rule for method in used for rule in method.rules))
     layers = list(dict.fromkeys(layer for method in used for layer in method.layers))
+    replays = sum(len(method.rules) + len(method.layers) for method in used)
     chunks: list[_Chunk] = []
     with untouched(model), _bar(count * sum(method.passes for method in used), call.progress) as bar:
         settings = Settings(target, seeds, call.precision, call.channels_last, bar.update)
@@ -217,7 +224,7 @@ def _run(model: nn.Module, images: Tensor, chosen: _Chosen, call: _Call) -> Comp
 
             def work(size: int, start: int = start) -> _Chunk:
                 rows = slice(start, min(start + size, count))
-                run = Run(model, images[rows], settings, rows, size, rules, layers)
+                run = Run(model, images[rows], settings, rows, size, rules, layers, keep=replays > 1)
                 return _explain_chunk(run, chosen, order, bar)
 
             chunk, size = backing_off(size, work)
@@ -245,7 +252,9 @@ def check_images(images: object) -> Tensor:
             "For 8-bit pixels: images.float() / 255, then the model's mean and standard deviation."
         )
     if images.dim() < 2:
-        raise InputError(f"Expected a batch, [N, C, H, W] or another shape that begins with N, got {list(images.shape)}.")
+        raise InputError(
+            f"Expected a batch, [N, C, H, W] or another shape that begins with N, got {list(images.shape)}."
+        )
     if images.numel() == 0:
         raise InputError(f"Expected at least one image and one pixel, got {list(images.shape)}.")
     if not images.is_meta and not bool(images.isfinite().all()):
@@ -321,7 +330,9 @@ def _collect(chosen: _Chosen, chunks: list[_Chunk], images: Tensor, target: Targ
         return whole if many else whole.squeeze(1)
 
     scores = joined([chunk.scores for chunk in chunks])
-    indices = None if chunks[0].indices is None else joined([chunk.indices for chunk in chunks if chunk.indices is not None])
+    indices = (
+        None if chunks[0].indices is None else joined([chunk.indices for chunk in chunks if chunk.indices is not None])
+    )
     attributions = {}
     for label, (spec, method) in chosen.items():
         values = joined([chunk.values[label] for chunk in chunks])

@@ -1,7 +1,7 @@
 """Result types, and the words for shapes that the documentation uses.
 
-    n, N    images in a chunk, in a call      K      targets explained at once
-    C       channels of an image              H, W   its height and width (any number of axes is allowed)
+n, N    images in a chunk, in a call      K      targets explained at once
+C       channels of an image              H, W   its height and width (any number of axes is allowed)
 """
 
 from collections.abc import Iterable, Mapping
@@ -63,7 +63,11 @@ class Coverage:
     def __str__(self) -> str:
         parts = [
             f"{title} {_counts(operations)}"
-            for title, operations in (("rule:", self.rule), ("derivative:", self.derivative), ("UNKNOWN:", self.unknown))
+            for title, operations in (
+                ("rule:", self.rule),
+                ("derivative:", self.derivative),
+                ("UNKNOWN:", self.unknown),
+            )
             if operations
         ]
         return "; ".join(parts) or "plain gradient, no rule"

@@ -36,7 +36,7 @@ class top:  # noqa: N801 - reads as a word in target=top(3)
     count: int
 
 
-TargetLike: TypeAlias = "None | int | Sequence[int] | Tensor | classes | top | Callable[[Tensor], Tensor]"
+TargetLike: TypeAlias = "int | Sequence[int] | Tensor | classes | top | Callable[[Tensor], Tensor] | None"
 
 
 def unwrap(output: Any) -> Tensor:
@@ -143,7 +143,9 @@ class Target:
         scores = self.function(outputs)
         if not isinstance(scores, Tensor) or scores.dim() not in (1, 2) or len(scores) != len(outputs):
             came = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-            raise TargetError(f"Expected the target function to return {len(outputs)} scores, [N] or [N, K], got {came}.")
+            raise TargetError(
+                f"Expected the target function to return {len(outputs)} scores, [N] or [N, K], got {came}."
+            )
         return scores if scores.dim() == 2 else scores[:, None]
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from attrbox.engine.site import GATES, Gradients, Site
 
 Function = Callable[..., Any]
-aten = torch.ops.aten
+aten: Any = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Operation:
     pure: Callable[..., Tensor]
     in_place: bool = False
     pull: Callable[[Site, Tensor], Gradients] | None = None  # true gradient from the output alone
-    options: dict[str, object] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 def interpret(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operation | None:
@@ -61,7 +61,7 @@ def _argument(rest: tuple[Any, ...], kwargs: dict[str, Any], position: int, name
 
 def _in_place(function: Function, rest: tuple[Any, ...], kwargs: dict[str, Any], position: int | None) -> bool:
     name = function.__name__
-    if name.endswith("_") and not name.endswith("__") or name.startswith("__i"):
+    if (name.endswith("_") and not name.endswith("__")) or name.startswith("__i"):
         return True
     return position is not None and bool(_argument(rest, kwargs, position, "inplace", False))
 
@@ -79,24 +79,24 @@ class _Unary:
         if not is_activation(input) or any(is_activation(value) for value in (*rest, *kwargs.values())):
             return None
 
-        def run(x: Tensor) -> Tensor:
+        def run(x: Tensor) -> Any:
             return function(x, *rest, **kwargs)
 
-        def pure(x: Tensor) -> Tensor:
+        def pure(x: Tensor) -> Any:
             return run(x.clone())
 
         writes = _in_place(function, rest, kwargs, self.inplace)
         kind, pull, options = self.read(rest, kwargs)
         return Operation(kind, (input,), run, pure if writes else run, writes, pull, options)
 
-    def read(self, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Any, dict[str, object]]:
+    def read(self, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Any, dict[str, Any]]:
         return self.kind, self.pull, {}
 
 
 class _Hardtanh(_Unary):
     """hardtanh(0, 6) is relu6, a rectifier; from -1 to 1 it squashes."""
 
-    def read(self, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Any, dict[str, object]]:
+    def read(self, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Any, dict[str, Any]]:
         low = _argument(rest, kwargs, 0, "min_val", -1.0)
         high = _argument(rest, kwargs, 1, "max_val", 1.0)
         # Strictly between the bounds the output is the input, so the output alone decides the gradient.
@@ -110,16 +110,16 @@ class _Hardtanh(_Unary):
 class _Clamp(_Unary):
     """clamp(min=0) is one more way to write a ReLU; other bounds make a hardtanh."""
 
-    def read(self, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Any, dict[str, object]]:
+    def read(self, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Any, dict[str, Any]]:
         low = _argument(rest, kwargs, 0, "min", None)
         high = _argument(rest, kwargs, 1, "max", None)
-        if isinstance(low, Tensor) or not (low == 0):
+        if isinstance(low, Tensor) or low != 0:
             return "hardtanh", None, {"kinks": True}
         return ("relu" if high is None else "relu6"), None, {"kinks": True}
 
 
 class _LeakyRelu(_Unary):
-    def read(self, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Any, dict[str, object]]:
+    def read(self, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Any, dict[str, Any]]:
         slope = _argument(rest, kwargs, 0, "negative_slope", 0.01)
         if slope <= 0:
             return self.kind, None, {}
@@ -127,12 +127,12 @@ class _LeakyRelu(_Unary):
 
 
 class _Relu(_Unary):
-    def read(self, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Any, dict[str, object]]:
+    def read(self, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Any, dict[str, Any]]:
         return "relu", _relu_pull, {"kinks": True}
 
 
 class _Softmax(_Unary):
-    def read(self, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Any, dict[str, object]]:
+    def read(self, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Any, dict[str, Any]]:
         return "softmax", None, {"dim": _argument(rest, kwargs, 0, "dim", None)}
 
     def __call__(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operation | None:
@@ -142,15 +142,15 @@ class _Softmax(_Unary):
 
 
 # The output alone decides these gradients, so an in-place call keeps no copy of its input.
-def _relu_pull(site: Site, grad_output: Tensor) -> Tensor:
+def _relu_pull(site: Site, grad_output: Tensor) -> Any:
     return aten.threshold_backward(grad_output, site.output, 0)
 
 
-def _sigmoid_pull(site: Site, grad_output: Tensor) -> Tensor:
+def _sigmoid_pull(site: Site, grad_output: Tensor) -> Any:
     return aten.sigmoid_backward(grad_output, site.output)
 
 
-def _tanh_pull(site: Site, grad_output: Tensor) -> Tensor:
+def _tanh_pull(site: Site, grad_output: Tensor) -> Any:
     return aten.tanh_backward(grad_output, site.output)
 
 
@@ -175,7 +175,7 @@ class _MaxPool:
         def run(x: Tensor) -> Any:
             return function(x, *rest, **kwargs)
 
-        def pool(x: Tensor) -> tuple[Tensor, Tensor]:
+        def pool(x: Tensor) -> Any:
             return self.indices(x, *positional, **plain, return_indices=True)
 
         return Operation("max_pool", (input,), run, lambda x: pool(x)[0], options={"pool": pool, "dims": self.dims})
@@ -209,7 +209,17 @@ def _table() -> dict[Function, Callable[..., Operation | None]]:
 
     nn_ = torch._C._nn
     enter(_Relu("relu", 0), F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_)
-    enter(_Clamp("hardtanh"), torch.clamp, torch.clamp_, Tensor.clamp, Tensor.clamp_, torch.clip, torch.clip_, Tensor.clip, Tensor.clip_)
+    enter(
+        _Clamp("hardtanh"),
+        torch.clamp,
+        torch.clamp_,
+        Tensor.clamp,
+        Tensor.clamp_,
+        torch.clip,
+        torch.clip_,
+        Tensor.clip,
+        Tensor.clip_,
+    )
     enter(_Clamp("hardtanh"), torch.clamp_min, torch.clamp_min_, Tensor.clamp_min, Tensor.clamp_min_)
     enter(_Hardtanh("hardtanh", 2), F.hardtanh, F.hardtanh_, nn_.hardtanh, nn_.hardtanh_)
     enter(_Unary("relu6", 0), F.relu6)
@@ -251,31 +261,195 @@ _TABLE = _table()
 # frozen), and those that only move values. Named as torch names them, without the underscores of in-place and operator
 # spellings. What is in neither table is a non-linear operation that no rule knows; the coverage names it.
 _LINEAR = frozenset(
-    """
-    add iadd radd sub isub rsub subtract neg negative sum mean nansum cumsum trace
-    conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d linear
-    avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d
-    interpolate upsample upsample_nearest upsample_bilinear pixel_shuffle pixel_unshuffle channel_shuffle
-    pad constant_pad_nd zero_pad2d fold unfold
-    cat concat concatenate stack hstack vstack dstack column_stack split chunk tensor_split split_with_sizes unbind
-    view reshape view_as reshape_as flatten unflatten ravel squeeze unsqueeze transpose permute movedim moveaxis swapaxes
-    swapdims t T mT H contiguous expand expand_as broadcast_to repeat repeat_interleave tile flip fliplr flipud roll rot90
-    narrow select index_select getitem setitem gather take_along_dim masked_select diagonal diag tril triu
-    clone to float double half bfloat16 type type_as cpu cuda alias requires_grad copy real imag
-    fill zero masked_fill index_add index_copy scatter scatter_add where as_strided unsafe_chunk unsafe_split
-    """.split()
+    [
+        "add",
+        "iadd",
+        "radd",
+        "sub",
+        "isub",
+        "rsub",
+        "subtract",
+        "neg",
+        "negative",
+        "sum",
+        "mean",
+        "nansum",
+        "cumsum",
+        "trace",
+        "conv1d",
+        "conv2d",
+        "conv3d",
+        "conv_transpose1d",
+        "conv_transpose2d",
+        "conv_transpose3d",
+        "linear",
+        "avg_pool1d",
+        "avg_pool2d",
+        "avg_pool3d",
+        "adaptive_avg_pool1d",
+        "adaptive_avg_pool2d",
+        "adaptive_avg_pool3d",
+        "interpolate",
+        "upsample",
+        "upsample_nearest",
+        "upsample_bilinear",
+        "pixel_shuffle",
+        "pixel_unshuffle",
+        "channel_shuffle",
+        "pad",
+        "constant_pad_nd",
+        "zero_pad2d",
+        "fold",
+        "unfold",
+        "cat",
+        "concat",
+        "concatenate",
+        "stack",
+        "hstack",
+        "vstack",
+        "dstack",
+        "column_stack",
+        "split",
+        "chunk",
+        "tensor_split",
+        "split_with_sizes",
+        "unbind",
+        "view",
+        "reshape",
+        "view_as",
+        "reshape_as",
+        "flatten",
+        "unflatten",
+        "ravel",
+        "squeeze",
+        "unsqueeze",
+        "transpose",
+        "permute",
+        "movedim",
+        "moveaxis",
+        "swapaxes",
+        "swapdims",
+        "t",
+        "T",
+        "mT",
+        "H",
+        "contiguous",
+        "expand",
+        "expand_as",
+        "broadcast_to",
+        "repeat",
+        "repeat_interleave",
+        "tile",
+        "flip",
+        "fliplr",
+        "flipud",
+        "roll",
+        "rot90",
+        "narrow",
+        "select",
+        "index_select",
+        "getitem",
+        "setitem",
+        "gather",
+        "take_along_dim",
+        "masked_select",
+        "diagonal",
+        "diag",
+        "tril",
+        "triu",
+        "clone",
+        "to",
+        "float",
+        "double",
+        "half",
+        "bfloat16",
+        "type",
+        "type_as",
+        "cpu",
+        "cuda",
+        "alias",
+        "requires_grad",
+        "copy",
+        "real",
+        "imag",
+        "fill",
+        "zero",
+        "masked_fill",
+        "index_add",
+        "index_copy",
+        "scatter",
+        "scatter_add",
+        "where",
+        "as_strided",
+        "unsafe_chunk",
+        "unsafe_split",
+    ]
 )
 # Linear in one activation if the other arguments are constants: products, quotients, and norms with frozen statistics.
 _LINEAR_IN_ONE = frozenset(
-    "mul imul rmul multiply matmul rmatmul imatmul mm bmm mv dot einsum tensordot addmm addcmul baddbmm outer inner "
-    "div idiv truediv itruediv divide true_divide bilinear lerp kron chain_matmul".split()  # noqa: SIM905
+    [
+        "mul",
+        "imul",
+        "rmul",
+        "multiply",
+        "matmul",
+        "rmatmul",
+        "imatmul",
+        "mm",
+        "bmm",
+        "mv",
+        "dot",
+        "einsum",
+        "tensordot",
+        "addmm",
+        "addcmul",
+        "baddbmm",
+        "outer",
+        "inner",
+        "div",
+        "idiv",
+        "truediv",
+        "itruediv",
+        "divide",
+        "true_divide",
+        "bilinear",
+        "lerp",
+        "kron",
+        "chain_matmul",
+    ]
 )
 # Their results carry no gradient, yet the output depends on them: x * (x > 0) is a ReLU that no engine can see.
 _DECISIONS = frozenset(
-    "gt lt ge le eq ne greater less greater_equal less_equal sign sgn floor ceil round trunc argmax argmin argsort "
-    "detach item tolist heaviside bucketize".split()  # noqa: SIM905
+    [
+        "gt",
+        "lt",
+        "ge",
+        "le",
+        "eq",
+        "ne",
+        "greater",
+        "less",
+        "greater_equal",
+        "less_equal",
+        "sign",
+        "sgn",
+        "floor",
+        "ceil",
+        "round",
+        "trunc",
+        "argmax",
+        "argmin",
+        "argsort",
+        "detach",
+        "item",
+        "tolist",
+        "heaviside",
+        "bucketize",
+    ]
 )
-_DROPOUT = frozenset("dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout feature_dropout".split())
+_DROPOUT = frozenset(
+    ["dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout", "feature_dropout"]
+)
 
 
 def name_of(function: Function) -> str:

@@ -9,7 +9,7 @@ respect to the site's output becomes the one with respect to its input, in place
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
@@ -19,10 +19,8 @@ from attrbox.errors import RuleError
 Gradients: TypeAlias = "Tensor | tuple[Tensor, ...]"
 
 # Kinds of sites. Rectifiers let one half of the axis pass, squashers bound their input; both act element by element.
-RECTIFIERS = frozenset(
-    "relu relu6 leaky_relu prelu elu selu celu softplus gelu silu hardswish mish".split()  # noqa: SIM905
-)
-SQUASHERS = frozenset("sigmoid tanh hardsigmoid hardtanh".split())  # noqa: SIM905
+RECTIFIERS = frozenset("relu relu6 leaky_relu prelu elu selu celu softplus gelu silu hardswish mish".split())
+SQUASHERS = frozenset("sigmoid tanh hardsigmoid hardtanh".split())
 ACTIVATIONS = RECTIFIERS | SQUASHERS
 GATES = frozenset({"sigmoid", "hardsigmoid"})  # between 0 and 1: a factor made by one scales the other factor
 KINDS = ACTIVATIONS | {"softmax", "max_pool", "product"}
@@ -52,7 +50,7 @@ class Site:
     call: int
     function: Callable[..., Tensor]
     pull: "Callable[[Site, Tensor], Gradients] | None" = None  # a faster true gradient than the general one
-    options: dict[str, object] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
     rule: str = ""  # name of the rule that is being replayed, for messages
     saved_inputs: tuple[Tensor, ...] | None = None
     saved_output: Tensor | None = None
@@ -120,7 +118,9 @@ class Site:
         # create_graph, the copy stays tied to the recorded input, so that double backward sees f''.
         differentiable = torch.is_grad_enabled()
         with torch.enable_grad():
-            inputs = tuple(i if differentiable and i.requires_grad else i.detach().requires_grad_() for i in self.inputs)
+            inputs = tuple(
+                i if differentiable and i.requires_grad else i.detach().requires_grad_() for i in self.inputs
+            )
             aliases = tuple(i.view_as(i) for i in inputs)  # x * x: each factor gets its own gradient
             gradients = torch.autograd.grad(self.function(*aliases), aliases, grad_output, create_graph=differentiable)
         return gradients if len(gradients) > 1 else gradients[0]

@@ -86,7 +86,9 @@ class Tape:
             copies |= stale
         there, here = Operated.listed(recorder.sites), Operated.listed(self.sites)
         if there != here:
-            first = next((pair for pair in zip(here, there, strict=False) if pair[0] != pair[1]), ("another number", "them"))
+            first = next(
+                (pair for pair in zip(here, there, strict=False) if pair[0] != pair[1]), ("another number", "them")
+            )
             raise ModelError(
                 f"The model ran {len(here)} non-linear operations on the images but {len(there)} (or other ones) on the "
                 f"reference; the first difference is {first[0]} against {first[1]}. Its control flow depends on its "
@@ -103,6 +105,7 @@ class Tape:
         *,
         reference: Reference | None = None,
         create_graph: bool = False,
+        keep: bool = True,
     ) -> tuple[Tensor, ...]:
         """Gradients of `score.sum()` with respect to `inputs` (the images, a feature map), under `rule`.
 
@@ -110,6 +113,7 @@ class Tape:
             score: a tensor computed from `output`.
             rule: None for the true gradient.
             reference: for rules that compare with one.
+            keep: False for the last replay: activations are freed while it runs.
             create_graph: the gradients can be differentiated once more, also with respect to the rule's parameters.
 
         Raises:
@@ -123,7 +127,7 @@ class Tape:
         self._replaying.rule, self._replaying.reference = rule, reference
         try:
             gradients = torch.autograd.grad(
-                score.sum(), inputs, retain_graph=True, create_graph=create_graph, allow_unused=True
+                score.sum(), inputs, retain_graph=keep, create_graph=create_graph, allow_unused=True
             )
         except torch.utils.checkpoint.CheckpointError as error:
             raise UnsupportedModelError(
@@ -308,7 +312,9 @@ class _Recorder(TorchFunctionMode):
         stale = frozenset(index for index, tensor, version in self._versions if tensor._version != version)
         self._versions.clear()
         if stale & self._copies:  # cannot happen: copies are out of the model's reach
-            raise ModelError(f"The model writes over the activations at {[self.sites[i].where for i in sorted(stale)]}.")
+            raise ModelError(
+                f"The model writes over the activations at {[self.sites[i].where for i in sorted(stale)]}."
+            )
         return stale
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -326,9 +332,7 @@ class _Recorder(TorchFunctionMode):
 
     def _site(self, operation: Operation) -> Site:
         module, call = self._modules[-1]
-        site = Site(
-            len(self.sites), operation.kind, module, call, operation.pure, operation.pull, operation.options
-        )
+        site = Site(len(self.sites), operation.kind, module, call, operation.pure, operation.pull, operation.options)
         self.sites.append(site)
         return site
 
@@ -448,7 +452,9 @@ class _Recorder(TorchFunctionMode):
         self._modules.pop()
         if name and name in self.layers:
             if not isinstance(output, Tensor) or output.dim() < 3:
-                what = f"a tensor of shape {list(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+                what = (
+                    f"a tensor of shape {list(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+                )
                 raise OptionError(f"The layer {name!r} must return a feature map [N, C, ...], but returns {what}.")
             if is_activation(output):
                 self.feature_maps[name] = output

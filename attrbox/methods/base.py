@@ -194,7 +194,9 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 def check_layer(value: object) -> None:
     """A module's name, or None for the last feature map."""
-    check(value is None or isinstance(value, str), "layer", "the name of a module (model.named_modules()), or None", value)
+    check(
+        value is None or isinstance(value, str), "layer", "the name of a module (model.named_modules()), or None", value
+    )
 
 
 def check_baseline(value: object) -> None:

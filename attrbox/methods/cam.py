@@ -8,6 +8,7 @@ residual sum and activation (features.29 of VGG-16, layer4 of a ResNet); or it i
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -39,7 +40,7 @@ class _Cam(Method):
         """sum_c w_c A_c on the layer's own grid, [n, K, h, w]."""
         features, gradient = run.feature_map(self.layer)
         weights = gradient.flatten(3).mean(3)
-        return (weights.unsqueeze(2) @ features.flatten(2).unsqueeze(1)).squeeze(2).unflatten(2, features.shape[2:])
+        return torch.einsum("nkc,ncp->nkp", weights, features.flatten(2)).view(*weights.shape[:2], *features.shape[2:])
 
     def upsampled(self, run: Run, maps: Tensor) -> Tensor:
         """Maps on the images' grid, [n, K, 1, H, W]."""

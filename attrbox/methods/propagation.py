@@ -110,15 +110,17 @@ def register_rule(
                     f"The rule {cls.__name__} declares {what} {sorted(set(declared) - known)}, but there are only "
                     f"{sorted(known)}."
                 )
-        own = {f.name: f for f in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else {}
+        own: tuple[dataclasses.Field[Any], ...] = dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ()
         compares = "reference" in cls.needs
 
-        def build(times_input: bool = times_input, absolute: bool = False, baseline: Any = 0.0, **options: Any) -> Method:
+        def build(
+            times_input: bool = times_input, absolute: bool = False, baseline: Any = 0.0, **options: Any
+        ) -> Method:
             return RuleMethod(
                 rule=cls(**options), times_input=times_input, absolute=absolute, baseline=baseline, sums_to=sums_to
             )
 
-        options = [OptionInfo(f.name, f.default, (help or {}).get(f.name, "")) for f in own.values()]
+        options = [OptionInfo(f.name, f.default, (help or {}).get(f.name, "")) for f in own]
         options.append(OptionInfo("times_input", times_input, "multiply the propagated gradient by the input"))
         options.append(OptionInfo("absolute", False, "absolute values instead of signed ones"))
         if compares:

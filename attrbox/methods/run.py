@@ -62,6 +62,9 @@ class Run:
     Attributes:
         images: [n, ...].
         per_pass: how many images a forward pass may take.
+
+    `rules` and `layers` are those that methods will ask for; without `keep`, just one of them once, so that the
+    recorded activations can be freed while it is replayed.
     """
 
     def __init__(
@@ -73,6 +76,7 @@ class Run:
         per_pass: int,
         rules: Sequence[Rule | None] = (),
         layers: Sequence[str | None] = (),
+        keep: bool = True,
     ) -> None:
         self.model = model
         self.images = images
@@ -82,6 +86,7 @@ class Run:
         self._rules = [rule for rule in rules if rule is not None]
         self._layers = layers
         self._taped = bool(rules or layers)
+        self._keep = keep
         self._cache: dict[tuple[object, ...], object] = {}
 
     # ------------------------------------------------------------------------------------ one recorded forward pass
@@ -99,7 +104,9 @@ class Run:
     def release(self) -> None:
         """Forget the recorded pass, once the methods that replay it are done."""
         self._scored()  # outlives the tape, as the path and noise methods need the targets
-        self._cache = {key: value for key, value in self._cache.items() if key[0] not in ("tape", "output", "reference")}
+        self._cache = {
+            key: value for key, value in self._cache.items() if key[0] not in ("tape", "output", "reference")
+        }
 
     @property
     def scores(self) -> Tensor:
@@ -140,9 +147,11 @@ class Run:
     def _replay(self, inputs: Tensor, rule: Rule | None = None, reference: Reference | None = None) -> Tensor:
         """The gradient of each score with respect to `inputs`, [n, K, ...]."""
         scores = self.settings.target.score(self._output(), self.indices)
+        count = scores.shape[1]
         with self.autocast():
             gradients = [
-                self.tape.replay(scores[:, k], [inputs], rule, reference=reference)[0] for k in range(scores.shape[1])
+                self.tape.replay(scores[:, k], [inputs], rule, reference=reference, keep=self._keep or k + 1 < count)[0]
+                for k in range(count)
             ]
         return torch.stack(gradients, 1).to(self.images.dtype)
 
@@ -190,8 +199,8 @@ class Run:
         if tensor.shape[1:] == wanted and len(tensor) == self.settings.target.samples:
             return tensor[self.rows]
         raise InputError(
-            f"Expected a baseline of shape {list(wanted)}, {[1, *wanted]} or {[self.settings.target.samples, *wanted]}, "
-            f"got {list(tensor.shape)}."
+            f"Expected a baseline of shape {list(wanted)}, {[1, *wanted]} or "
+            f"{[self.settings.target.samples, *wanted]}, got {list(tensor.shape)}."
         )
 
     def reference(self, baseline: float | Tensor) -> Reference:
@@ -224,7 +233,7 @@ class Run:
     def path_gradient(self, steps: int, quadrature: str, baseline: float | Tensor) -> Tensor:
         """The gradient averaged along the straight line from the baseline to the image, [n, K, C, H, W].
 
-            sum_k w_k grad f(x0 + a_k (x - x0)),     nodes a_k and weights w_k of `quadrature` on [0, 1]
+        sum_k w_k grad f(x0 + a_k (x - x0)),     nodes a_k and weights w_k of `quadrature` on [0, 1]
         """
 
         def compute() -> Tensor:
@@ -296,7 +305,7 @@ class Run:
                 count = len(versions)
                 repeated = None if indices is None else indices.repeat(count, 1)
                 gradients = self._native(versions.flatten(0, 1), repeated, size)
-                return group, gradients.unflatten(0, (count, n))
+                return group, gradients.view(count, n, *gradients.shape[1:])
 
             (group, gradients), self.per_pass = backing_off(self.per_pass, work)
             yield group, gradients
@@ -313,7 +322,8 @@ class Run:
                 tape = record(self.model, part)
                 output = self._check(unwrap(tape.output), len(part))
                 scores = self.settings.target.score(output, None if indices is None else indices[rows])
-                gradients = [tape.replay(scores[:, k], [tape.images])[0] for k in range(scores.shape[1])]
+                count = scores.shape[1]
+                gradients = [tape.replay(scores[:, k], [tape.images], keep=k + 1 < count)[0] for k in range(count)]
             parts.append(torch.stack(gradients, 1))
             self.settings.progress(len(part))
         return torch.cat(parts) if len(parts) > 1 else parts[0]

@@ -8,10 +8,9 @@ With a ReLU, f'(x) = 1[x > 0], and 0 at 0. Other rectifiers (ReLU6, GELU, SiLU, 
 (sigmoid, tanh, softmax, products) and max-pools the true derivative holds.
 """
 
-import torch
 from torch import Tensor
 
-from attrbox.engine.site import RECTIFIERS, Rule, Site
+from attrbox.engine.site import RECTIFIERS, Gradients, Rule, Site
 
 
 class GuidedBackprop(Rule):
@@ -20,14 +19,16 @@ class GuidedBackprop(Rule):
     kinds = RECTIFIERS
 
     def propagate(self, site: Site, grad_output: Tensor) -> Tensor:
-        if site.kind == "relu" and not torch.is_grad_enabled():
-            # The same product in two passes over memory instead of three; the first result is ours to write on.
-            gated = site.true_gradient(grad_output)
-            assert isinstance(gated, Tensor)
-            return gated.relu_()
-        gradient = site.true_gradient(grad_output.relu())
-        assert isinstance(gradient, Tensor)
-        return gradient
+        if site.options.get(
+            "kinks"
+        ):  # f' is 0 or 1, so the order does not matter, and the gradient is ours to write on
+            return _one(site.true_gradient(grad_output)).relu_()
+        return _one(site.true_gradient(grad_output.relu()))
+
+
+def _one(gradients: Gradients) -> Tensor:
+    assert isinstance(gradients, Tensor)
+    return gradients
 
 
 class Deconvnet(Rule):

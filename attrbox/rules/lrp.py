@@ -2,7 +2,7 @@
 
 With relevance R = x * G, the epsilon rule of Bach et al. (PLoS ONE 2015, equation 58) passes non-linearities with
 
-    grad_input = grad_output * f(x) / (x + epsilon * sign(x)),     sign(0) = 1
+    grad_input = grad_output * f(x) / (x + epsilon * sign(x)),     sign(0) = 1, sign(-0) = -1
 
 and linear layers with their gradient (Ancona et al., ICLR 2018, proposition 1): x includes the bias, which absorbs
 its share of relevance. The stabiliser acts where a non-linearity follows, not at the output layer. For epsilon -> 0
@@ -51,8 +51,11 @@ class LRPEpsilon(Rule):
                     return first, torch.zeros_like(second)
                 case _:
                     return first / 2, second / 2
-        if site.kind == "relu":  # f(x) is x or 0: the output alone decides, so an in-place ReLU costs no copy
-            output = site.output
-            return grad_output * (output / (output + self.epsilon))
-        x = site.input
-        return grad_output * (site.output / (x + torch.where(x < 0, -self.epsilon, self.epsilon).to(x.dtype)))
+        if site.kind == "relu":  # f(x) is x or 0: the output alone decides
+            stabilised = site.output + self.epsilon
+        elif site.kind == "relu6":  # likewise 0 for x < 0
+            stabilised = site.input.clamp_min(0).add_(self.epsilon)
+        else:
+            x = site.input
+            stabilised = torch.copysign(x.new_tensor(self.epsilon), x).add_(x)
+        return stabilised.reciprocal_().mul_(site.output).mul_(grad_output)

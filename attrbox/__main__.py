@@ -1,0 +1,6 @@
+"""`python -m attrbox`: the command."""
+
+from attrbox.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,288 @@
+"""The command: `attrbox demo | methods | explain | compare`.
+
+What users get wrong is told in one line, with exit status 2. What takes long to import is imported where it is needed.
+"""
+
+import enum
+import json
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from attrbox.errors import AttrboxError, FileError
+
+if TYPE_CHECKING:
+    from attrbox.compare import Comparison
+    from attrbox.data import Images
+    from attrbox.methods.base import MethodSpec
+    from attrbox.models import LoadedModel
+
+DEFAULT_MODEL = "efficientnet_lite0"
+# Fast enough to be waited for, and one of each family.
+DEFAULT_METHODS = [
+    "saliency,gradient_x_input,guided_backprop,deeplift,lrp_epsilon,integrated_gradients,smoothgrad,grad_cam"
+]
+DEMO_METHODS = [
+    "saliency,gradient_x_input,guided_backprop,deconvnet,deeplift,lrp_epsilon,integrated_gradients,smoothgrad,"
+    "squared_smoothgrad,vargrad,grad_cam,guided_grad_cam,random"
+]
+
+
+class _Group(TyperGroup):
+    """Commands whose mistakes are told in one line."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except AttrboxError as error:
+            typer.echo(f"attrbox: {' '.join(str(error).split())}", err=True)
+            raise typer.Exit(2) from None
+
+
+app = typer.Typer(
+    cls=_Group,
+    help="Attribution maps for PyTorch image classifiers: one engine, every method, side by side.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+
+
+class Precision(enum.StrEnum):
+    """Arithmetic of the passes through the model."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+Paths = Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Image files, or folders of them.")]
+Model = Annotated[
+    str, typer.Option("--model", help="torchvision:NAME, package.module:factory, or efficientnet_lite0 (extra demo).")
+]
+Weights = Annotated[
+    str | None,
+    typer.Option(help="A file with a state dictionary; for torchvision also DEFAULT (downloaded) or none (random)."),
+]
+Methods = Annotated[
+    list[str],
+    typer.Option(
+        "--methods", "--method", "-m", help="NAME[:OPTION=VALUE,...], separated by commas, also repeated; or all."
+    ),
+]
+Target = Annotated[
+    str, typer.Option(help="The class to explain: number, name, one per image separated by commas, or argmax.")
+]
+Out = Annotated[Path, typer.Option(help="Folder for the results; files that are there are replaced.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, ...")]
+Seed = Annotated[int, typer.Option(help="For methods that draw numbers, and for random weights.")]
+BatchSize = Annotated[int | None, typer.Option(help="Images per pass; by memory if not given.")]
+PrecisionOption = Annotated[Precision, typer.Option("--precision", help="Automatic mixed precision below float32.")]
+
+
+@app.command()
+def demo(
+    out: Out = Path("out/demo"),
+    methods: Methods = DEMO_METHODS,
+    device: Device = "cpu",
+    seed: Seed = 0,
+    batch_size: BatchSize = None,
+    precision: PrecisionOption = Precision.FLOAT32,
+) -> None:
+    """A dozen methods side by side: a real ImageNet classifier on real photographs.
+
+    Writes comparison.png, maps.h5 and table.md. Needs the extra `demo`, and no download.
+
+    Example: `attrbox demo --out out/demo`
+    """
+    from attrbox.data import demo_photographs
+
+    compare(
+        demo_photographs(),
+        methods=methods,
+        out=out,
+        device=device,
+        seed=seed,
+        batch_size=batch_size,
+        precision=precision,
+    )
+
+
+@app.command()
+def compare(
+    images: Paths,
+    model: Model = DEFAULT_MODEL,
+    weights: Weights = None,
+    methods: Methods = DEFAULT_METHODS,
+    target: Target = "argmax",
+    out: Out = Path("out"),
+    device: Device = "cpu",
+    seed: Seed = 0,
+    batch_size: BatchSize = None,
+    precision: PrecisionOption = Precision.FLOAT32,
+) -> None:
+    """Several methods side by side: one figure, one file of maps, one table.
+
+    Writes comparison.png (a row per image, a column per method), maps.h5 and table.md.
+
+    Example: `attrbox compare cat.jpg dog.jpg --model torchvision:resnet50 -m saliency,integrated_gradients:steps=100`
+    """
+    loaded, batch, result = _run(images, model, weights, methods, target, device, seed, batch_size, precision)
+    result.plot(out / "comparison.png", titles=_titles(loaded, result), photographs=loaded.photographs(batch.values))
+    result.to_hdf5(
+        out / "maps.h5",
+        ids=batch.names,
+        sources=[str(path) for path in batch.sources],
+        model_name=loaded.name,
+        seed=seed,
+        overwrite=True,
+    )
+    _write(out / "table.md", result.table() + "\n")
+    typer.echo(f"{result.table()}\n\nWrote {out / 'comparison.png'}, {out / 'maps.h5'} and {out / 'table.md'}.")
+
+
+@app.command()
+def explain(
+    images: Paths,
+    model: Model = DEFAULT_MODEL,
+    weights: Weights = None,
+    methods: Methods = DEFAULT_METHODS,
+    target: Target = "argmax",
+    out: Out = Path("out"),
+    device: Device = "cpu",
+    seed: Seed = 0,
+    batch_size: BatchSize = None,
+    precision: PrecisionOption = Precision.FLOAT32,
+) -> None:
+    """One picture per image and method: the photograph and the map over it.
+
+    Writes IMAGE/METHOD.png into the folder of the results.
+
+    Example: `attrbox explain cat.jpg --method grad_cam --target "tiger cat" --out out/cat`
+    """
+    from attrbox.plots import plot_map
+
+    loaded, batch, result = _run(images, model, weights, methods, target, device, seed, batch_size, precision)
+    photographs, titles = loaded.photographs(batch.values), _titles(loaded, result)
+    for label, maps in result.items():
+        for name, title, photograph, heatmap in zip(batch.names, titles, photographs, maps.heatmap(), strict=True):
+            path = out / name / f"{re.sub(r'[^-A-Za-z0-9_.,=() ]', '_', label)}.png"
+            plot_map(photograph, heatmap, path, title=f"{label}: {' '.join(title.split())}")
+            typer.echo(path)
+
+
+@app.command()
+def methods(
+    name: Annotated[str | None, typer.Argument(help="A method, to see its options.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """The methods; with a name, that method's options and their defaults.
+
+    Examples: `attrbox methods`, `attrbox methods integrated_gradients`, `attrbox methods --json`
+    """
+    from attrbox.methods.base import methods as registry
+
+    specs = list(registry.values()) if name is None else [registry[name]]
+    if as_json:
+        records = [_record(spec) for spec in specs]
+        typer.echo(json.dumps(records if name is None else records[0], indent=2, default=str))
+    elif name is None:
+        _print_table(["Method", "Aliases", "Summary", "Reference"], [_cells(spec) for spec in specs])
+    else:
+        spec = specs[0]
+        typer.echo(
+            f"{spec.name}: {spec.summary}\nReference: {spec.reference}\nAliases: {', '.join(spec.aliases) or '-'}\n"
+        )
+        _print_table(["Option", "Default", "Meaning"], [[o.name, repr(o.default), o.help] for o in spec.options])
+
+
+def main() -> None:
+    """The entry point; models beside the working directory can be named too."""
+    sys.path.insert(0, "")
+    app()
+
+
+# ------------------------------------------------------------------------------------------------------ the work
+
+
+def _run(
+    paths: list[Path],
+    model: str,
+    weights: str | None,
+    methods: list[str],
+    target: str,
+    device: str,
+    seed: int,
+    batch_size: int | None,
+    precision: Precision,
+) -> tuple["LoadedModel", "Images", "Comparison"]:
+    """Load, explain, and bring the results back to the CPU."""
+    import torch
+
+    from attrbox.arguments import parse_device, parse_methods, parse_target
+    from attrbox.compare import compare
+    from attrbox.data import load_images
+    from attrbox.models import load_model
+
+    chosen = parse_methods(methods)
+    place = parse_device(device)
+    loaded = load_model(model, weights=weights, seed=seed).to(place)
+    batch = load_images(paths, loaded.preprocess)
+    result = compare(
+        loaded.model,
+        batch.values.to(place),
+        chosen,
+        target=parse_target(target, loaded),
+        seed=seed,
+        batch_size=batch_size,
+        precision=None if precision is Precision.FLOAT32 else getattr(torch, precision),
+    )
+    return loaded, batch, result
+
+
+def _titles(loaded: "LoadedModel", result: "Comparison") -> list[str]:
+    """What the model sees in each image, and the explained class where that is another."""
+    if result.predictions is None:
+        return [""] * len(result.images)
+    classes, probabilities = (values.tolist() for values in loaded.predict(result.images))
+    explained = next(iter(result.values())).target
+    titles = [f"{loaded.class_name(i)} {p:.0%}" for i, p in zip(classes, probabilities, strict=True)]
+    if explained is not None:
+        for row, (seen, index) in enumerate(zip(classes, explained.tolist(), strict=True)):
+            titles[row] += "" if seen == index else f"\nexplained: {loaded.class_name(index)}"
+    return titles
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise FileError(f"Cannot write {str(path)!r} ({error.strerror}). Choose another folder with --out.") from error
+
+
+def _record(spec: "MethodSpec") -> dict[str, Any]:
+    fields = ("name", "aliases", "summary", "reference", "units", "reduction")
+    options = [{"name": option.name, "default": option.default, "help": option.help} for option in spec.options]
+    return {field: getattr(spec, field) for field in fields} | {"options": options}
+
+
+def _cells(spec: "MethodSpec") -> list[str]:
+    return [spec.name, ", ".join(spec.aliases), spec.summary, spec.reference]
+
+
+def _print_table(header: list[str], rows: list[list[str]]) -> None:
+    """A table that fits the terminal; in a pipe it is 160 columns wide."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*header, box=box.SIMPLE_HEAD)
+    for row in rows:
+        table.add_row(*row)
+    console = Console(width=None if sys.stdout.isatty() else 160, markup=False, emoji=False, highlight=False)
+    console.print(table)

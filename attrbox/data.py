@@ -1,0 +1,145 @@
+"""Images from files and folders, ready for a model."""
+
+import importlib.util
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from attrbox.errors import FileError, InputError
+
+T = TypeVar("T")
+
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
+
+# Photographs that scikit-image ships, and whose subjects ImageNet has names for.
+PHOTOGRAPHS = ("chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg", "camera.png")
+
+
+class Images(NamedTuple):
+    """A batch of images with what they are called.
+
+    Attributes:
+        values: [N, 3, H, W], preprocessed.
+        names: one per image, all different: the file's name without its suffix, with as many of its folders as it
+            takes to tell it apart from the others.
+        sources: the files.
+    """
+
+    values: Tensor
+    names: list[str]
+    sources: list[Path]
+
+
+def load_images(paths: Iterable[str | Path] | str | Path, preprocess: Callable[[Image.Image], Tensor]) -> Images:
+    """Read image files into one batch.
+
+    Args:
+        paths: files, and folders that are searched with all their subfolders.
+        preprocess: an RGB image -> a tensor of the same shape for every image (`LoadedModel.preprocess`).
+
+    Returns:
+        The batch, in the order given and by path within a folder; a file that is named twice comes once.
+
+    Raises:
+        FileError: a path does not exist, a folder holds no image, or a file cannot be read as one.
+        InputError: there are no paths, or `preprocess` made tensors of different shapes.
+    """
+    files = find_images([paths] if isinstance(paths, str | Path) else paths)
+    tensors = [preprocess(open_image(file)) for file in files]
+    shapes = {tuple(tensor.shape) for tensor in tensors}
+    if len(shapes) > 1:
+        raise InputError(
+            f"Expected the preprocessing to make tensors of one shape, got {sorted(shapes)}. Let it resize and crop to "
+            "a fixed size."
+        )
+    return Images(torch.stack(tensors), _distinct(files), files)
+
+
+def find_images(paths: Iterable[str | Path]) -> list[Path]:
+    """The image files among and under some paths.
+
+    Raises:
+        FileError: a path does not exist, or a folder holds no image.
+        InputError: there are no paths.
+    """
+    found: dict[Path, None] = {}
+    for path in map(Path, paths):
+        if path.is_dir():
+            inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+            if not inside:
+                raise FileError(
+                    f"Expected images in the folder {str(path)!r}, got none of {', '.join(sorted(SUFFIXES))}."
+                )
+            found.update(dict.fromkeys(inside))
+        elif path.is_file():
+            found[path] = None
+        else:
+            raise FileError(f"Expected an image or a folder of images, but there is no {str(path)!r}.")
+    if not found:
+        raise InputError("Expected at least one image file or folder, got none.")
+    return list(found)
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """An image as RGB: turned the way up that its camera noted (EXIF), what is transparent laid over white.
+
+    Raises:
+        FileError: the file cannot be read as an image.
+    """
+    try:
+        with Image.open(path) as opened:
+            return _as_rgb(ImageOps.exif_transpose(opened))
+    except Exception as error:  # decoders raise all sorts of things on broken files
+        raise FileError(
+            f"Cannot read {str(path)!r} as an image ({type(error).__name__}: {error}). Expected a picture such as "
+            "JPEG or PNG; open it elsewhere to see whether it is damaged."
+        ) from error
+
+
+def demo_photographs() -> list[Path]:
+    """Files of real photographs: a cat, a cup of coffee, a motorcycle, a rocket, and a camera on a tripod.
+
+    They come inside of scikit-image (extra `demo`): nothing is downloaded.
+
+    Raises:
+        FileError: scikit-image is not installed, or comes without them.
+    """
+    package = importlib.util.find_spec("skimage")
+    if package is None or package.origin is None:
+        raise FileError("The demo's photographs come with scikit-image. Install the extra: pip install 'attrbox[demo]'")
+    paths = [Path(package.origin).parent / "data" / name for name in PHOTOGRAPHS]
+    missing = [path.name for path in paths if not path.is_file()]
+    if missing:
+        raise FileError(f"This scikit-image comes without {', '.join(missing)}. Install scikit-image 0.22 or newer.")
+    return paths
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16 bits of grey, which convert("RGB") would clip
+        grey = np.asarray(image).astype(np.float64)
+        return Image.fromarray(np.uint8(np.clip(grey / 257, 0, 255).round())).convert("RGB")
+    if image.has_transparency_data:
+        coloured = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), coloured).convert("RGB")
+    return image.convert("RGB")
+
+
+def _distinct(files: list[Path]) -> list[str]:
+    """Short names that differ: "cat", or "left/cat" and "right/cat", or "cat.jpg" and "cat.png"."""
+    stems = [file.with_suffix("") for file in files]
+    names = {stem: stem.name for stem in stems}
+    for depth in range(2, max(len(stem.parts) for stem in stems)):
+        doubles = _doubles(names.values())
+        names = {stem: "/".join(stem.parts[-depth:]) if name in doubles else name for stem, name in names.items()}
+    twins = _doubles(stems)  # differ in their suffixes only
+    return [names[stem] + (file.suffix if stem in twins else "") for stem, file in zip(stems, files, strict=True)]
+
+
+def _doubles(items: Iterable[T]) -> set[T]:
+    return {item for item, count in Counter(items).items() if count > 1}
