@@ -39,7 +39,8 @@ def untouched(model: nn.Module) -> Iterator[nn.Module]:
     whatever the caller's mode. Frozen parameters save memory: a convolution then keeps no input for them.
     """
     modes = [(module, module.training) for module in model.modules()]
-    if any(training for _, training in modes):
+    # A wrapper around a model in evaluation mode is born in training mode, which changes nothing: only leaves count.
+    if any(training and next(module.children(), None) is None for module, training in modes):
         warnings.warn(
             "The model is in training mode; it is explained in evaluation mode (dropout off, batch-norm with its "
             "running statistics) and put back afterwards. Call model.eval() first to silence this.",

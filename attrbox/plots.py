@@ -7,9 +7,11 @@ outlines would pass for attribution.
 """
 
 import os
+import struct
 import textwrap
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +22,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import LinearSegmentedColormap, Normalize
+from matplotlib.colors import LinearSegmentedColormap, Normalize, to_rgba
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
@@ -35,21 +37,25 @@ PERCENTILE = 99.5
 # Sizes in inches, type in points.
 _PANEL, _GAP, _MARGIN = 1.1, 0.05, 0.12
 _STRIP = 0.3  # height of vectors and sequences, as a share of their width
-_TITLES = 1.0
-_LINE = 0.135
+_LINE, _LETTER = 0.135, 0.075
 _FOOT = 0.56
 _BAR_WIDTH, _BAR_HEIGHT = 2.0, 0.08
-_LEAST_WIDTH = 3.4
+_LEAST_WIDTH = 3.2
 _TYPE, _SMALL = 8.0, 6.5
 _INK, _GREY, _FRAME = "#222222", "#777777", "#cccccc"
 _LARGEST = 2**16 - 1  # pixels in width or height that the renderer can do
 
-_COLOURS = LinearSegmentedColormap.from_list(
-    "attrbox", ["#0a3d91", "#3f7fd0", "#a9cbf0", "#ffffff", "#f9b8a6", "#dd4b3e", "#a00014"], N=129
-)
-_OVERLAY = LinearSegmentedColormap.from_list(
-    "attrbox_overlay", ["#0a3d91f0", "#3f7fd0d8", "#a9cbf000", "#f9b8a600", "#dd4b3ed8", "#a00014f0"], N=129
-)
+_TONES = {-1: "#0a3d91", -0.6: "#3f7fd0", -0.25: "#a9cbf0", 0: "#ffffff", 0.25: "#f9b8a6", 0.6: "#dd4b3e", 1: "#a00014"}
+
+
+def _colours(opacity: Callable[[float], float]) -> LinearSegmentedColormap:
+    """The tones, each as opaque as `opacity` of its value; few enough steps for small files, enough for the eye."""
+    stops = [((value + 1) / 2, to_rgba(tone, opacity(abs(value)))) for value, tone in _TONES.items()]
+    return LinearSegmentedColormap.from_list("attrbox", stops, N=91)
+
+
+_COLOURS = _colours(lambda size: 1)
+_OVERLAY = _colours(lambda size: min(max(1.6 * (size - 0.2), 0), 0.95))
 
 
 def plot_comparison(
@@ -60,7 +66,7 @@ def plot_comparison(
     titles: Sequence[str] | None = None,
     photographs: Tensor | Sequence[Any] | None = None,
     max_images: int = 16,
-    dpi: float = 150,
+    dpi: float = 130,
 ) -> Figure:
     """Draw one row per image (and target) and one column per method, beginning with the photograph.
 
@@ -89,19 +95,20 @@ def plot_comparison(
     table = _table(images, attributions, titles, photographs, max_images)
     headers = ["", *(_wrapped(label.replace("_", " ").replace("(", " (", 1), 16, 4) for label in attributions)]
     across, down = _PANEL + _GAP, _PANEL * table.aspect + _GAP
-    left = _MARGIN + (_TITLES if any(table.titles) else 0)
+    titles = [_wrapped(title, 15, 5) for title in table.titles]
+    left = _MARGIN + _LETTER * max(len(line) for title in titles for line in f"{title}\n".split("\n"))
     top = _MARGIN + _LINE * max(header.count("\n") + 1 for header in headers)
     panels = len(headers) * across - _GAP
     sheet = _Sheet(max(left + panels + _MARGIN, _LEAST_WIDTH), top + len(table.titles) * down + _FOOT, dpi)
     for column, header in enumerate(headers):
         sheet.text(left + column * across + _PANEL / 2, top - 0.04, header, ha="center", va="bottom")
-    for row, (photograph, title) in enumerate(zip(table.photographs, table.titles, strict=True)):
+    for row, (photograph, title) in enumerate(zip(table.photographs, titles, strict=True)):
         y = top + row * down
-        sheet.text(left - 0.08, y + (down - _GAP) / 2, _wrapped(title, 15, 5), ha="right", va="center")
+        sheet.text(left - 0.08, y + (down - _GAP) / 2, title, ha="right", va="center")
         _draw_photograph(sheet.axes(left, y, _PANEL, down - _GAP), photograph)
         for column, maps in enumerate(table.maps, 1):
             _draw_map(sheet.axes(left + column * across, y, _PANEL, down - _GAP), maps[row])
-    sheet.colour_bar(max(left + panels / 2, sheet.width / 2))
+    sheet.colour_bar(min(left + panels / 2, sheet.width - _LEAST_WIDTH / 2))
     sheet.text(_MARGIN, sheet.height - 0.05, table.note, ha="left", va="bottom", color=_GREY, size=_SMALL)
     return sheet.saved(path)
 
@@ -112,7 +119,7 @@ def plot_map(
     path: str | Path | None = None,
     *,
     title: str | None = None,
-    dpi: float = 150,
+    dpi: float = 130,
 ) -> Figure:
     """Draw a photograph, one map of it, and the map over the photograph, in the colours of `plot_comparison`.
 
@@ -132,10 +139,14 @@ def plot_map(
         FileError: the file cannot be written.
     """
     scores = _plane(_numbers(heatmap, "a heatmap").numpy())
+    if not scores.size:
+        raise InputError(f"Expected a heatmap [H, W], got the shape {list(scores.shape)}.")
     photograph = _photograph(image)
     strip = len(scores) == 1
     side = 2 * _PANEL
-    height = side * (_STRIP if strip else min(max(scores.shape[0] / scores.shape[1], 0.2), 4))
+    height = side * (_STRIP if strip else _aspect(*scores.shape))
+    if not strip:
+        _check_crop(photograph, *scores.shape)
     top = _MARGIN + (2 * _LINE if title else 0)
     panels = 2 if strip else 3
     sheet = _Sheet(2 * _MARGIN + panels * (side + _GAP) - _GAP, top + height + _GAP + _FOOT, dpi)
@@ -155,11 +166,11 @@ def plot_map(
 
 @dataclass(frozen=True)
 class _Table:
-    """What `plot_comparison` draws: photographs and titles by row, maps by method and row, height over width."""
+    """What `plot_comparison` draws: maps by method and row, photographs and titles by row, height over width."""
 
+    maps: list[list[Array]]
     photographs: list[Array]
     titles: list[str]
-    maps: list[list[Array]]
     aspect: float
     note: str
 
@@ -181,21 +192,16 @@ def _table(
         seen = [_picture(_numbers(images[index], "images"), stretch=True) for index in shown]
     else:
         seen = [_photograph(photographs[index]) for index in shown]
-    aspect = _STRIP if images.dim() < 4 else images.shape[-2] / images.shape[-1]
-    for index, photograph in enumerate(seen if images.dim() == 4 else ()):
-        height, width = photograph.shape[:2]
-        if abs(height / width / aspect - 1) > 0.03:
-            raise InputError(
-                f"Expected photographs of the crop that the model saw, {images.shape[-2]} x {images.shape[-1]} or in "
-                f"proportion, but photograph {index} is {height} x {width}. Crop it alike."
-            )
+    if images.dim() == 4:
+        for photograph in seen:
+            _check_crop(photograph, images.shape[-2], images.shape[-1])
     notes = [f"the first {rows} of {total} rows"] if total > rows else []
     notes += ["the middle slice of each volume"] if images.dim() > 4 else []
     return _Table(
+        maps=[_heatmaps(label, attribution, len(shown))[:rows] for label, attribution in attributions.items()],
         photographs=[seen[row // targets] for row in range(rows)],
         titles=_titles(titles, attributions, len(images), targets)[:rows],
-        maps=[_heatmaps(label, attribution, len(shown))[:rows] for label, attribution in attributions.items()],
-        aspect=min(max(aspect, 0.2), 4),
+        aspect=_STRIP if images.dim() < 4 else _aspect(images.shape[-2], images.shape[-1]),
         note="; ".join(notes),
     )
 
@@ -203,9 +209,9 @@ def _table(
 def _check(
     images: object, attributions: Mapping[str, Attribution], photographs: Sequence[Any] | Tensor | None, max_images: int
 ) -> None:
-    if not isinstance(images, Tensor) or images.dim() < 2:
+    if not isinstance(images, Tensor) or images.dim() < 2 or images.numel() == 0:
         got = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
-        raise InputError(f"Expected images as a torch.Tensor [N, C, H, W], got {got}.")
+        raise InputError(f"Expected images as a torch.Tensor [N, C, H, W], at least one, got {got}.")
     if not attributions:
         raise InputError("Expected the maps of at least one method, got none.")
     if not isinstance(max_images, int) or max_images < 1:
@@ -219,6 +225,21 @@ def _check(
             )
     if photographs is not None and len(photographs) != len(images):
         raise InputError(f"Expected one photograph for each of the {len(images)} images, got {len(photographs)}.")
+
+
+def _check_crop(photograph: Array, height: int, width: int) -> None:
+    """A photograph has the proportions of the map beside it."""
+    got = photograph.shape[0] / photograph.shape[1]
+    if not 0.97 < got * width / height < 1.03:
+        raise InputError(
+            f"Expected a photograph of what the model saw, {height} x {width} or in proportion, got "
+            f"{photograph.shape[0]} x {photograph.shape[1]}. Crop it as the model's input was."
+        )
+
+
+def _aspect(height: int, width: int) -> float:
+    """Height over width of a panel, within reason."""
+    return min(max(height / width, 0.2), 4)
 
 
 def _titles(
@@ -372,15 +393,15 @@ class _Sheet:
     def colour_bar(self, centre: float) -> None:
         """The one scale of all panels, at the foot of the sheet."""
         top = self.height - _FOOT + 0.1
+        middle = top + _BAR_HEIGHT / 2
         axes = self.axes(centre - _BAR_WIDTH / 2, top, _BAR_WIDTH, _BAR_HEIGHT)
-        self.figure.colorbar(
-            ScalarMappable(Normalize(-1, 1), _COLOURS), cax=axes, orientation="horizontal", ticks=[-1, 0, 1]
-        )
+        mappable = ScalarMappable(Normalize(-1, 1), _COLOURS)
+        bar = self.figure.colorbar(mappable, cax=axes, orientation="horizontal", ticks=[-1, 0, 1])
+        bar.outline.set(edgecolor=_FRAME, linewidth=0.5)
         axes.tick_params(labelsize=_SMALL, labelcolor=_INK, color=_GREY, length=2, width=0.5, pad=1.5)
         axes.set_xlabel(f"1 = {PERCENTILE}th percentile of |map|, in each panel", size=_SMALL, color=_GREY, labelpad=1)
-        middle = top + _BAR_HEIGHT / 2
-        self.text(axes.get_position().x0 * self.width - 0.08, middle, "against", ha="right", va="center", size=_SMALL)
-        self.text(axes.get_position().x1 * self.width + 0.08, middle, "supports", ha="left", va="center", size=_SMALL)
+        self.text(centre - _BAR_WIDTH / 2 - 0.08, middle, "against", ha="right", va="center", size=_SMALL)
+        self.text(centre + _BAR_WIDTH / 2 + 0.08, middle, "supports", ha="left", va="center", size=_SMALL)
 
     def saved(self, path: str | Path | None) -> Figure:
         """The figure, after it was written to `path`, if there is one."""
@@ -392,8 +413,30 @@ class _Sheet:
                     f"Expected the name of a figure to end in one of {', '.join(sorted(kinds))}, got {str(path)!r}."
                 )
             with _whole_file(path) as part:
-                self.figure.savefig(part, format=kind, dpi=self.figure.dpi, facecolor="white")
+                if kind == "png":
+                    part.write_bytes(self.png())
+                else:
+                    self.figure.savefig(part, format=kind, dpi=self.figure.dpi, facecolor="white")
         return self.figure
+
+    def png(self) -> bytes:
+        """The figure as a PNG without row filters: these double the size of noisy maps in few colours."""
+        canvas = FigureCanvasAgg(self.figure)
+        canvas.draw()  # type: ignore[no-untyped-call]
+        pixels = np.asarray(canvas.buffer_rgba())[..., :3]  # type: ignore[no-untyped-call]
+        height, width, _ = pixels.shape
+        rows = np.pad(pixels.reshape(height, -1), ((0, 0), (1, 0)))  # each begins with 0: no filter
+        dots = round(self.figure.dpi / 0.0254)  # per metre
+        chunks = {
+            b"IHDR": struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0),
+            b"pHYs": struct.pack(">IIB", dots, dots, 1),
+            b"IDAT": zlib.compress(rows.tobytes(), 9),
+            b"IEND": b"",
+        }
+        return b"\x89PNG\r\n\x1a\n" + b"".join(
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+            for kind, data in chunks.items()
+        )
 
 
 @contextmanager

@@ -27,6 +27,7 @@ RECTIFIERS = (
 )
 SQUASHERS = ("sigmoid", "tanh", "hardsigmoid", "hardtanh")
 
+_SIXTH = torch.tensor(1 / 6, dtype=torch.float32).item()  # torch's derivative of hardsigmoid, also in float64
 _SELU_ALPHA, _SELU_SCALE = 1.6732632423543772, 1.0507009873554805
 
 
@@ -94,7 +95,7 @@ SCALARS: dict[str, tuple[Callable[[float], float], Callable[[float], float]]] = 
         lambda v: v * min(max(v + 3, 0.0), 6.0) / 6,
         lambda v: 0.0 if v < -3 else 1.0 if v > 3 else (2 * v + 3) / 6,
     ),
-    "hardsigmoid": (lambda v: min(max(v + 3, 0.0), 6.0) / 6, lambda v: 1 / 6 if -3 < v < 3 else 0.0),
+    "hardsigmoid": (lambda v: min(max(v + 3, 0.0), 6.0) / 6, lambda v: _SIXTH if -3 < v < 3 else 0.0),
     "sigmoid": (_sigmoid, lambda v: _sigmoid(v) * (1 - _sigmoid(v))),
     "tanh": (math.tanh, lambda v: 1 - math.tanh(v) ** 2),
 }
