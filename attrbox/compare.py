@@ -264,10 +264,10 @@ def check_images(images: object) -> Tensor:
 
 
 def _seeds(seed: int | Sequence[int], count: int) -> tuple[int, ...]:
-    seeds = (seed,) if isinstance(seed, int) else tuple(seed)
+    seeds = tuple(seed) if isinstance(seed, Sequence) else (seed,)
     if not all(isinstance(one, int) and not isinstance(one, bool) for one in seeds):
         raise OptionError(f"Expected the seed to be a whole number, or one per image, got {seed!r}.")
-    if not isinstance(seed, int) and len(seeds) != count:
+    if isinstance(seed, Sequence) and len(seeds) != count:
         raise OptionError(f"Expected one seed per image, {count} in all, got {len(seeds)}.")
     return seeds
 

@@ -99,7 +99,9 @@ def plot_comparison(
     left = _MARGIN + _LETTER * max(len(line) for title in titles for line in f"{title}\n".split("\n"))
     top = _MARGIN + _LINE * max(header.count("\n") + 1 for header in headers)
     panels = len(headers) * across - _GAP
-    sheet = _Sheet(max(left + panels + _MARGIN, _LEAST_WIDTH), top + len(table.titles) * down + _FOOT, dpi)
+    foot = top + len(table.titles) * down
+    height = foot + _FOOT + (_LINE if table.note else 0)
+    sheet = _Sheet(max(left + panels + _MARGIN, _LEAST_WIDTH), height, dpi)
     for column, header in enumerate(headers):
         sheet.text(left + column * across + _PANEL / 2, top - 0.04, header, ha="center", va="bottom")
     for row, (photograph, title) in enumerate(zip(table.photographs, titles, strict=True)):
@@ -108,7 +110,7 @@ def plot_comparison(
         _draw_photograph(sheet.axes(left, y, _PANEL, down - _GAP), photograph)
         for column, maps in enumerate(table.maps, 1):
             _draw_map(sheet.axes(left + column * across, y, _PANEL, down - _GAP), maps[row])
-    sheet.colour_bar(min(left + panels / 2, sheet.width - _LEAST_WIDTH / 2))
+    sheet.colour_bar(min(left + panels / 2, sheet.width - _LEAST_WIDTH / 2), foot)
     sheet.text(_MARGIN, sheet.height - 0.05, table.note, ha="left", va="bottom", color=_GREY, size=_SMALL)
     return sheet.saved(path)
 
@@ -157,7 +159,7 @@ def plot_map(
     if not strip:
         _draw_photograph(axes[2], photograph if photograph.ndim == 2 else photograph.mean(2))
         _draw_map(axes[2], scores, _OVERLAY)
-    sheet.colour_bar(sheet.width / 2)
+    sheet.colour_bar(sheet.width / 2, sheet.height - _FOOT)
     return sheet.saved(path)
 
 
@@ -390,9 +392,9 @@ class _Sheet:
             place = (x / self.width, 1 - y / self.height)
             self.figure.text(*place, text, color=color, size=size, parse_math=False, usetex=False, **align)
 
-    def colour_bar(self, centre: float) -> None:
-        """The one scale of all panels, at the foot of the sheet."""
-        top = self.height - _FOOT + 0.1
+    def colour_bar(self, centre: float, foot: float) -> None:
+        """The one scale of all panels, below these."""
+        top = foot + 0.1
         middle = top + _BAR_HEIGHT / 2
         axes = self.axes(centre - _BAR_WIDTH / 2, top, _BAR_WIDTH, _BAR_HEIGHT)
         mappable = ScalarMappable(Normalize(-1, 1), _COLOURS)

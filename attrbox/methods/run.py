@@ -186,12 +186,14 @@ class Run:
         """A baseline as a tensor: [1, C, H, W] if all images share it, else [n, C, H, W].
 
         Raises:
-            InputError: its shape does not fit the images.
+            InputError: its shape does not fit the images, or it is not finite.
         """
         if not isinstance(baseline, Tensor):
             return torch.full_like(self.images[:1], float(baseline))
         wanted = self.images.shape[1:]
         tensor = baseline.detach().to(self.images)
+        if not tensor.is_meta and not bool(tensor.isfinite().all()):
+            raise InputError("Expected a finite baseline, got NaN or infinity in it.")
         if tensor.shape == wanted:
             return tensor[None]
         if tensor.shape[1:] == wanted and len(tensor) == 1:

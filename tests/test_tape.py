@@ -1,0 +1,431 @@
+"""The tape: what is seen, what is kept, what is left as the model meant it."""
+
+import gc
+import threading
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from nets import five_ways, images, relu_net, residual_net, seeded, squeeze_excitation_net
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import attrbox
+from attrbox.engine.site import ACTIVATIONS, KINDS, Rule
+from attrbox.engine.tape import record
+from attrbox.errors import ForwardError, ModelError, NoGradientError, OptionError, RuleError, UnsupportedModelError
+from attrbox.guard import untouched
+from attrbox.rules.deeplift import DeepLift
+from attrbox.rules.guided import GuidedBackprop
+from attrbox.rules.lrp import LRPEpsilon
+
+ALL_RULES = (GuidedBackprop(), LRPEpsilon(), DeepLift())
+X = images(3, 3, 8, 8)
+
+
+class Net(nn.Module):
+    """A convolution, then whatever a test wants, then a linear layer."""
+
+    def __init__(self, middle) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+        self.head = nn.Linear(4, 3)
+        self.middle = middle
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.middle(self.conv(x)).mean((2, 3)))
+
+
+def net(middle) -> nn.Module:
+    return seeded(lambda: Net(middle))
+
+
+def native(model: nn.Module, x: Tensor, target: int = 0) -> Tensor:
+    leaf = x.clone().requires_grad_()
+    return torch.autograd.grad(model(leaf)[:, target].sum(), leaf)[0]
+
+
+def replayed(model: nn.Module, x: Tensor, rule: Rule | None, reference: Tensor | None = None, rules=ALL_RULES) -> Tensor:
+    with untouched(model):
+        tape = record(model, x, rules)
+        there = None if reference is None else tape.record_reference(reference)
+        return tape.replay(tape.output[:, 0], [tape.images], rule, reference=there)[0]
+
+
+# ------------------------------------------------------------------------------------- operations that write in place
+
+
+def overwritten_input(x):
+    """The input of an out-of-place ReLU, written over behind it; autograd's own formula reads the output only."""
+    y = F.relu(x)
+    x += 1
+    return y + x
+
+
+def overwritten_output(x):
+    """The output of a GELU, written over behind it; autograd's own formula reads the input only."""
+    y = F.gelu(x)
+    y += x
+    return y * 2
+
+
+def overwritten_in_place(x):
+    """An in-place hardtanh whose result is written over."""
+    y = F.hardtanh(x * 1.0, inplace=True)
+    y *= 3
+    return y
+
+
+def on_a_view(x):
+    """An in-place ReLU on half of the channels: the whole must change."""
+    x = x * 1.0
+    x[:, :2].relu_()
+    return x
+
+
+def result_dropped(x):
+    F.relu(x, inplace=True)
+    return x
+
+
+def in_place_product(x):
+    gate = torch.sigmoid(x)
+    x = x * 1.0
+    x *= gate
+    return x
+
+
+def product_overwritten(x):
+    """A factor of a product that is written over behind it, so that natively only the other one is differentiable."""
+    y = torch.tanh(x)
+    z = y * x.detach()
+    y = y + z
+    y.add_(1)
+    return y
+
+
+MIDDLES = [
+    *(overwritten_input, overwritten_output, overwritten_in_place, on_a_view, result_dropped, in_place_product),
+    product_overwritten,
+]
+
+
+@pytest.mark.parametrize("middle", MIDDLES)
+def test_in_place_operations_keep_their_meaning(middle):
+    model = net(middle)
+    with untouched(model):
+        tape = record(model, X, ALL_RULES)
+        assert torch.equal(tape.output, model(X))
+        for _ in range(2):  # a replay consumes nothing
+            torch.testing.assert_close(tape.replay(tape.output[:, 0], [tape.images])[0], native(model, X))
+    assert replayed(model, X, GuidedBackprop()).isfinite().all()
+
+
+@pytest.mark.parametrize("middle", [m for m in MIDDLES if m is not product_overwritten])
+@pytest.mark.parametrize("reference", ["shared", "per sample"])
+def test_deeplift_is_complete_whatever_is_written_over(middle, reference):
+    model = net(middle)
+    start = images(1, 3, 8, 8, seed=5) if reference == "shared" else images(3, 3, 8, 8, seed=5)
+    values = replayed(model, X, DeepLift(), start) * (X - start)
+    with torch.no_grad():
+        expected = (model(X.clone()) - model(start.clone()))[:, 0]
+    torch.testing.assert_close(values.sum((1, 2, 3)), expected.expand(3), rtol=1e-9, atol=1e-12)
+
+
+def test_the_first_operation_may_write_into_the_input():
+    model = nn.Sequential(nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(192, 2)).double().eval()
+    x = X.clone()
+    values = attrbox.explain(model, x, "gradient_x_input", target=0, progress=False).values
+    assert torch.equal(x, X)
+    gradient = model[2].weight[0].view(1, 3, 8, 8) * (X > 0)
+    torch.testing.assert_close(values, X * gradient)  # x is the image, not what the model made of it
+
+
+# ------------------------------------------------------------------------------------------------------ what is seen
+
+
+def test_sites_know_kind_module_and_call():
+    ways = five_ways()
+    with untouched(ways["reused"]) as model:
+        tape = record(model, images(2, 3, 12, 12), ALL_RULES)
+    seen = [(site.kind, site.module, site.call) for site in tape.sites]
+    relus = [("relu", "the_relu", call) for call in range(4)]
+    assert seen == [*relus[:2], ("max_pool", "", 0), *relus[2:]]
+    assert [site.index for site in tape.sites] == list(range(5))
+
+
+def test_modules_called_again_inside_each_other():
+    model = residual_net()
+    with untouched(model):
+        tape = record(model, X, ALL_RULES)
+    assert [(site.module, site.call) for site in tape.sites] == [("relu", call) for call in range(5)]
+
+
+def test_another_model_in_another_thread_is_not_mixed_in():
+    model, other = relu_net(), squeeze_excitation_net()
+    ready, done = threading.Event(), threading.Event()
+
+    class Waiting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = model
+
+        def forward(self, x):
+            ready.set()
+            assert done.wait(20)
+            return self.inner(x)
+
+    def elsewhere():
+        assert ready.wait(20)
+        model(X)  # even the same modules
+        other(X)
+        done.set()
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    waiting = Waiting().eval()
+    with untouched(waiting):
+        tape = record(waiting, X, ALL_RULES)
+    thread.join()
+    assert [(site.module, site.call) for site in tape.sites] == [("inner.1", 0), ("inner.3", 0), ("inner.7", 0)]
+
+
+@pytest.mark.parametrize(
+    ("middle", "unknown"),
+    [
+        (lambda x: F.layer_norm(x, (8, 8)), ["layer_norm"]),
+        (lambda x: x.exp().log1p(), ["exp", "log1p"]),
+        (lambda x: x / x.abs().mean(), ["abs", "div"]),
+        (lambda x: x**2, ["pow"]),
+        (lambda x: torch.einsum("nchw,ndhw->ncdhw", x, x)[:, 0], ["einsum"]),
+        (lambda x: x * (x > 0), ["gt"]),
+        (lambda x: torch.where(x > 0, x, 0.1 * x), ["gt"]),
+        (lambda x: F.batch_norm(x, None, None, training=True), ["batch_norm"]),
+        (lambda x: F.max_pool2d(x[0], 2)[None].expand(3, 4, 4, 4), ["max_pool2d"]),
+        (lambda x: F.dropout(x, 0.5, training=True), ["dropout"]),
+        (lambda x: torch.maximum(x, x.flip(0)), ["maximum"]),
+        # linear, whatever they look like
+        (lambda x: (2 * x + 1 - x / 3).flip(2).roll(1, 3)[:, :, 1:].contiguous(), []),
+        (lambda x: torch.cat([x, -x], 1).chunk(2, 1)[0] @ torch.ones(8, 8, dtype=x.dtype), []),
+        (lambda x: F.interpolate(F.avg_pool2d(F.pad(x, (1, 1, 1, 1)), 2), scale_factor=2.0).transpose(2, 3), []),
+        (lambda x: F.dropout(x, 0.5, training=False), []),
+        (lambda x: x.view(3, 4, -1).permute(0, 2, 1).reshape(3, 8, 8, 4).permute(0, 3, 1, 2), []),
+    ],
+)
+def test_what_is_not_understood_is_named(middle, unknown):
+    model = net(middle)
+    with untouched(model):
+        tape = record(model, X, ALL_RULES)
+    assert [operated.operation for operated in tape.unknown] == unknown
+    coverage = tape.coverage(DeepLift())
+    assert coverage.complete == (not unknown)
+    assert ("UNKNOWN" in str(coverage)) == bool(unknown)
+
+
+class Square(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * ctx.saved_tensors[0] * grad
+
+
+def test_autograd_functions_of_the_models_own_are_named():
+    model = net(lambda x: Square.apply(F.relu(x)))
+    with untouched(model):
+        tape = record(model, X, ALL_RULES)
+        assert [operated.operation for operated in tape.unknown] == ["Square"]
+        torch.testing.assert_close(tape.replay(tape.output[:, 0], [tape.images])[0], native(model, X))
+
+
+def test_rules_apply_to_their_kinds_only_and_share_one_recording():
+    model = squeeze_excitation_net()
+    alone = replayed(model, X, GuidedBackprop(), rules=[GuidedBackprop()])
+    torch.testing.assert_close(replayed(model, X, GuidedBackprop()), alone)
+    torch.testing.assert_close(replayed(model, X, None), native(model, X))
+    with untouched(model):
+        tape = record(model, X, [GuidedBackprop()])
+        assert {site.kind for site in tape.sites} == {"relu"}
+        assert [operated.operation for operated in tape.passed] == ["sigmoid", "product", "tanh"]
+
+
+def test_kinds():
+    assert ACTIVATIONS < KINDS
+    assert KINDS - ACTIVATIONS == {"softmax", "max_pool", "product"}
+
+
+# -------------------------------------------------------------------------------------------------- what is refused
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+@pytest.mark.parametrize(
+    ("build", "state"),
+    [
+        (lambda: torch.jit.trace(relu_net(), X), "scripted"),
+        (lambda: torch.compile(relu_net()), "compiled"),
+        (lambda: nn.DataParallel(relu_net()), "DataParallel"),
+        (lambda: nn.Sequential(torch.compile(relu_net())).eval(), "module '0' is compiled"),
+    ],
+)
+def test_models_that_hide_their_operations(build, state):
+    for method in ("guided_backprop", "deeplift", "grad_cam"):
+        with pytest.raises(UnsupportedModelError, match=f"(?i){state}"):
+            attrbox.explain(build(), X, method, progress=False)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+def test_plain_gradients_of_a_traced_model():
+    model = torch.jit.trace(relu_net(), X)
+    for method in ("saliency", "integrated_gradients", "smoothgrad"):
+        values = attrbox.explain(model, X, method, batch_size=3, progress=False).values
+        torch.testing.assert_close(values, attrbox.explain(relu_net(), X, method, progress=False).values)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_is_never_silent(reentrant):
+    model = net(lambda x: checkpoint(lambda y: F.relu(y) * 2, x, use_reentrant=reentrant))
+    if reentrant:  # natively not differentiable by autograd.grad at all
+        with untouched(model):
+            assert "CheckpointFunction" in [o.operation for o in record(model, X, ALL_RULES).unknown]
+        return
+    try:
+        values = attrbox.explain(model, X, "guided_backprop", target=0, progress=False).values
+    except UnsupportedModelError as error:
+        assert "checkpointing" in str(error)
+    else:
+        plain = net(lambda x: F.relu(x) * 2)
+        wanted = attrbox.explain(plain, X, "guided_backprop", target=0, progress=False).values
+        torch.testing.assert_close(values, wanted)
+
+
+def test_control_flow_that_depends_on_the_input():
+    model = net(lambda x: F.relu(x) if x.abs().mean() > 50 else F.relu(F.relu(x)))
+    with pytest.raises(ModelError, match="control flow"):
+        attrbox.explain(model, X, "deeplift", baseline=1000.0, progress=False)
+
+
+@pytest.mark.parametrize(
+    "middle", [lambda x: x.detach(), lambda x: torch.ones_like(x), lambda x: torch.tensor(x.detach().numpy())]
+)
+@pytest.mark.parametrize("method", attrbox.list_methods())
+def test_output_that_does_not_depend_on_the_images(middle, method):
+    if method == "random":
+        pytest.skip("asks the model for no gradient")
+    with pytest.raises((NoGradientError, OptionError), match="depend|gradient path|no spatial"):
+        attrbox.explain(net(middle), X, method, progress=False)
+
+
+def test_errors_of_the_model_say_where_and_keep_their_cause():
+    model = net(lambda x: x.view(7, 7))
+    with pytest.raises(ForwardError, match=r"RuntimeError on images of shape \[3, 3, 8, 8\], torch.float64") as caught:
+        attrbox.explain(model, X, "deeplift", progress=False)
+    assert isinstance(caught.value.__cause__, RuntimeError)
+    with pytest.raises(ForwardError, match="float32"):  # another dtype than the model's
+        attrbox.explain(relu_net(), X.float(), "saliency", progress=False)
+
+
+def test_a_reference_rule_needs_a_reference():
+    model = relu_net()
+    with untouched(model):
+        tape = record(model, X, [DeepLift()])
+        with pytest.raises(RuleError, match="reference"):
+            tape.replay(tape.output[:, 0], [tape.images], DeepLift())
+
+
+# ----------------------------------------------------------------------------------------------------- feature maps
+
+
+class TwoStages(nn.Module):
+    """Two convolutions, the second behind a pool; its output goes through a norm, a sum and an in-place ReLU."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.norm, self.relu = nn.BatchNorm2d(4), nn.ReLU(inplace=True)
+        self.squeeze = nn.Conv2d(4, 4, 1)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        x = F.max_pool2d(F.relu(self.first(x)), 2)
+        self.before = x
+        x = self.relu(self.norm(self.second(x)) + x)
+        self.last = x.detach().clone()
+        x = x * self.squeeze(F.adaptive_avg_pool2d(x, 1)).sigmoid()  # 1 x 1 maps are not spatial
+        self.scaled = x.detach().clone()
+        return self.head(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+def test_the_last_feature_map_is_found():
+    model = seeded(TwoStages)
+    with untouched(model):
+        tape = record(model, X, layers=[None, "first", "second", "norm", "relu"])
+    maps = tape.feature_maps
+    assert torch.equal(maps[None], model.scaled)
+    assert torch.equal(maps["relu"], model.last)
+    assert torch.equal(maps["first"], model.first(X))
+    # norm's output is written over by the in-place ReLU's sum: what is kept is what the layer returned
+    assert torch.equal(maps["norm"], model.norm(model.second(model.before)))
+    assert maps["second"].shape == (3, 4, 4, 4)
+
+
+def test_a_named_layer_before_an_in_place_relu():
+    """The map of a convolution whose output is written over: peers show the ReLU's map with the wrong gradient."""
+    in_place, plain = five_ways()["in place"], five_ways()["modules"]
+    x = images(2, 3, 12, 12)
+    for layer in ("conv1", "conv3"):
+        values = [
+            attrbox.explain(model, x, "grad_cam", layer=layer, relu=False, target=1, progress=False).values
+            for model in (in_place, plain)
+        ]
+        torch.testing.assert_close(*values)
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [("conv9", "no layer 'conv9'. Did you mean"), ("fc1", "must return a feature map"), ("relus", "did not run")],
+)
+def test_wrong_layers(layer, message):
+    with pytest.raises(OptionError, match=message):
+        attrbox.explain(five_ways()["modules"], images(2, 3, 12, 12), "grad_cam", layer=layer, progress=False)
+
+
+# ----------------------------------------------------------------------------------------------------------- memory
+
+
+def test_nothing_survives_a_call():
+    """No cycle keeps activations alive: they are gone with the last reference, without the garbage collector."""
+    alive: list[weakref.ref] = []
+
+    def watched(x):
+        y = F.relu(x)
+        alive.append(weakref.ref(y))
+        return y
+
+    model = net(watched)
+    gc.collect()
+    gc.disable()
+    try:
+        attrbox.compare(model, X, ["guided_backprop", "deeplift", "lrp_epsilon", "grad_cam"], progress=False)
+        assert alive
+        assert [ref for ref in alive if ref() is not None] == []
+    finally:
+        gc.enable()
+
+
+def test_only_what_rules_need_is_kept():
+    """Guided backpropagation on in-place ReLUs keeps no more than autograd itself does."""
+    model = five_ways()["in place"]
+    from attrbox.memory import SavedBytes
+
+    x = images(4, 3, 12, 12)
+    totals = {}
+    for name, rules in {"native": [], "guided": [GuidedBackprop()], "deeplift": [DeepLift()]}.items():
+        with untouched(model), SavedBytes() as saved:
+            record(model, x, rules)
+        totals[name] = saved.total
+    assert totals["guided"] == totals["native"]
+    assert totals["deeplift"] > totals["native"]
