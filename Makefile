@@ -7,8 +7,6 @@ WORKERS ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check clean
-# A broken installation leaves no stamp behind.
-.DELETE_ON_ERROR:
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)

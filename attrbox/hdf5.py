@@ -355,7 +355,7 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(entry) for entry in value]
-    if isinstance(value, np.ndarray | np.generic):
+    if isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "biufc":
         value = torch.from_numpy(np.array(value))
     if isinstance(value, Tensor):
         name = str(value.dtype).removeprefix("torch.")
@@ -372,7 +372,8 @@ def _bytes(tensor: Tensor) -> memoryview:
         tensor = tensor.dequantize()
     if tensor.layout != torch.strided:
         tensor = tensor.to_dense()
-    return tensor.resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    tensor = tensor.resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)  # also of one element
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _storable(text: str) -> str:
