@@ -85,23 +85,6 @@ BatchSize = Annotated[int | None, typer.Option(help="Images per pass; by memory 
 PrecisionOption = Annotated[Precision, typer.Option("--precision", help="Automatic mixed precision below float32.")]
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        from attrbox import __version__
-
-        typer.echo(f"attrbox {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def _options(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="And exit.")
-    ] = False,
-) -> None:
-    del version
-
-
 @app.command()
 def demo(
     out: Out = Path("out/demo"),
@@ -156,7 +139,6 @@ def compare(
         ids=batch.names,
         sources=[str(path) for path in batch.sources],
         model_name=loaded.name,
-        seed=seed,
         overwrite=True,
     )
     _write(out / "table.md", result.table() + "\n")

@@ -110,7 +110,7 @@ def compare(
         spec = registry[name]
         label = spec.name
         if label in chosen:
-            label = f"{label}({', '.join(f'{key}={value}' for key, value in options.items())})"
+            label = f"{label}({', '.join(f'{key}={_short(value)}' for key, value in options.items())})"
         if label in chosen:
             raise OptionError(f"The method {label!r} is listed twice with the same options.")
         chosen[label] = (spec, spec.create(options))
@@ -125,6 +125,7 @@ class Comparison(Mapping[str, Attribution]):
         attributions: label -> maps.
         images: what was explained, [N, ...].
         predictions: the class of the largest output of each image, [N]; None if the outputs are not [N, classes].
+        seed: the seed of the call.
         timings: seconds by label; "forward pass" is the recorded one that the methods shared, and what methods share
             beyond it counts for the first that asks.
     """
@@ -133,6 +134,7 @@ class Comparison(Mapping[str, Attribution]):
     images: Tensor
     predictions: Tensor | None
     timings: dict[str, float] = field(default_factory=dict)
+    seed: int | Sequence[int] = 0
 
     def __getitem__(self, label: str) -> Attribution:
         if label in self.attributions:
@@ -164,8 +166,11 @@ class Comparison(Mapping[str, Attribution]):
         return plot_comparison(self.images, self.attributions, path, **options)
 
     def to_hdf5(self, path: str | Path, **options: Any) -> Path:
-        """Write the maps to an HDF5 file; see `attrbox.hdf5.write_maps`."""
-        return write_maps(path, self.attributions, predictions=self.predictions, **options)
+        """Write the maps to an HDF5 file; options as for `attrbox.hdf5.write_maps`."""
+        specs = {label: registry[maps.method] for label, maps in self.attributions.items()}
+        described = {label: {"summary": spec.summary, "reference": spec.reference} for label, spec in specs.items()}
+        known = {"predictions": self.predictions, "descriptions": described, "seed": self.seed}
+        return write_maps(path, self.attributions, **(known | options))
 
     def __repr__(self) -> str:
         return "<Comparison\n" + "\n".join(f"  {maps!r}" for maps in self.attributions.values()) + ">"
@@ -230,7 +235,7 @@ def _run(model: nn.Module, images: Tensor, chosen: _Chosen, call: _Call) -> Comp
             chunk, size = backing_off(size, work)
             chunks.append(chunk)
             start += len(chunk.scores)
-    return _collect(chosen, chunks, images, target)
+    return _collect(chosen, chunks, images, target, call.seed)
 
 
 def _bar(total: int, progress: bool) -> Any:
@@ -270,6 +275,11 @@ def _seeds(seed: int | Sequence[int], count: int) -> tuple[int, ...]:
     if isinstance(seed, Sequence) and len(seeds) != count:
         raise OptionError(f"Expected one seed per image, {count} in all, got {len(seeds)}.")
     return seeds
+
+
+def _short(value: object) -> str:
+    """An option in a label: a tensor by its shape."""
+    return f"tensor{list(value.shape)}" if isinstance(value, Tensor) else str(value)
 
 
 def _pair(entry: object) -> tuple[str, Mapping[str, Any]]:
@@ -321,7 +331,9 @@ def _explain_chunk(run: Run, chosen: _Chosen, order: list[str], bar: Any) -> _Ch
     return chunk
 
 
-def _collect(chosen: _Chosen, chunks: list[_Chunk], images: Tensor, target: Target) -> Comparison:
+def _collect(
+    chosen: _Chosen, chunks: list[_Chunk], images: Tensor, target: Target, seed: int | Sequence[int]
+) -> Comparison:
     """Join the chunks of a call."""
     many = target.many or chunks[0].scores.shape[1] > 1
 
@@ -358,7 +370,7 @@ def _collect(chosen: _Chosen, chunks: list[_Chunk], images: Tensor, target: Targ
         predictions = torch.cat([chunk.predictions for chunk in chunks if chunk.predictions is not None])
     labels = ("forward pass", *chosen)
     seconds = {label: sum(chunk.seconds[label] for chunk in chunks) for label in labels}
-    return Comparison(attributions, images, predictions, seconds)
+    return Comparison(attributions, images, predictions, seconds, seed)
 
 
 class _Clock:

@@ -14,12 +14,16 @@ def check_model(model: object) -> nn.Module:
     """Return `model` if it is an `nn.Module` that can be differentiated.
 
     Raises:
-        ModelError: it is something else, or was built in inference mode.
+        ModelError: it is something else, has uninitialised parameters, or was built in inference mode.
     """
     if not isinstance(model, nn.Module):
         raise ModelError(
             f"Expected the model to be a torch.nn.Module, got {type(model).__name__}. "
             "Wrap a plain function in a module whose forward calls it."
+        )
+    if any(torch.nn.parameter.is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers())):
+        raise ModelError(
+            "The model has lazy parameters without shapes yet. Run one batch through it first: model(images)."
         )
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_inference():

@@ -17,11 +17,8 @@ escape, `\\x00`; a label is percent-encoded where HDF5 would take it for a path 
 
 import hashlib
 import json
-import os
 import platform
-import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -33,7 +30,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from attrbox.errors import AttrboxError, FileError, InputError, ModelError, OptionError
+from attrbox.errors import InputError, ModelError, OptionError
+from attrbox.files import whole_file
 from attrbox.shapes import Attribution
 
 SCHEMA = 1
@@ -95,7 +93,7 @@ def write_maps(
         OptionError: an unknown dtype or compression, or a seed beyond 64 bits.
     """
     columns = sample_columns(attributions, predictions=predictions, labels=labels, ids=ids, sources=sources, seed=seed)
-    with _whole_file(path, overwrite) as part, h5py.File(part, "w") as file:
+    with whole_file(path, overwrite) as part, h5py.File(part, "w") as file:
         write_header(file, model_name=model_name, weights_sha256=weights_sha256, config=config)
         create_datasets(
             file,
@@ -379,30 +377,3 @@ def _bytes(tensor: Tensor) -> memoryview:
 def _storable(text: str) -> str:
     """The text with what HDF5 cannot hold, NUL and lone surrogates, as backslash escapes."""
     return text.replace("\0", "\\x00").encode("utf-8", "backslashreplace").decode("utf-8")
-
-
-# ------------------------------------------------------------------------------------------------------------- on disk
-
-
-@contextmanager
-def _whole_file(path: str | Path, overwrite: bool) -> Iterator[Path]:
-    """A new file beside `path`, which takes its place if all goes well and is removed otherwise."""
-    path = Path(path)
-    part = path.with_name(f".attrbox-{uuid.uuid4().hex}.part")
-    try:
-        if path.exists() and not path.is_file():
-            raise FileError(f"Expected the name of a file to write, but {str(path)!r} is a folder or a device.")
-        if path.exists() and not overwrite:
-            raise FileError(f"The file {str(path)!r} exists already. Choose another name, or pass overwrite=True.")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield part
-        os.replace(part, path)
-    except AttrboxError:
-        raise
-    except (OSError, RuntimeError, ValueError) as error:  # h5py raises any of these
-        raise FileError(
-            f"Cannot write {str(path)!r}: {error}. Check its folder, permissions and free space."
-        ) from error
-    finally:
-        with suppress(OSError):
-            part.unlink()

@@ -6,13 +6,10 @@ wash out the rest; what lies beyond gets the last colour. Photographs stand besi
 outlines would pass for attribution.
 """
 
-import os
 import struct
 import textwrap
-import uuid
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -27,7 +24,8 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
 
-from attrbox.errors import AttrboxError, FileError, InputError, OptionError
+from attrbox.errors import FileError, InputError, OptionError
+from attrbox.files import whole_file
 from attrbox.shapes import Attribution
 
 Array: TypeAlias = NDArray[np.floating[Any]]
@@ -414,7 +412,7 @@ class _Sheet:
                 raise FileError(
                     f"Expected the name of a figure to end in one of {', '.join(sorted(kinds))}, got {str(path)!r}."
                 )
-            with _whole_file(path) as part:
+            with whole_file(path) as part:
                 if kind == "png":
                     part.write_bytes(self.png())
                 else:
@@ -439,25 +437,3 @@ class _Sheet:
             struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
             for kind, data in chunks.items()
         )
-
-
-@contextmanager
-def _whole_file(path: str | Path) -> Iterator[Path]:
-    """A new file beside `path`, which takes its place if all goes well and is removed otherwise."""
-    path = Path(path)
-    part = path.with_name(f".attrbox-{uuid.uuid4().hex}.part")
-    try:
-        if path.exists() and not path.is_file():
-            raise FileError(f"Expected the name of a file to write, but {str(path)!r} is a folder or a device.")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield part
-        os.replace(part, path)
-    except AttrboxError:
-        raise
-    except (OSError, RuntimeError, ValueError) as error:
-        raise FileError(
-            f"Cannot write {str(path)!r}: {error}. Check its folder, permissions and free space."
-        ) from error
-    finally:
-        with suppress(OSError):
-            part.unlink()

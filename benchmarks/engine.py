@@ -208,7 +208,9 @@ def comparison(models: Sequence[str], count: int) -> None:
 
         seconds = rounds({"captum": sequence, "attrbox": together}, count)
         missing = ", ".join(sorted(set(FAMILY) - set(able))) or "none"
-        rows.append([f"{name}, {len(images)} images", str(len(able)), missing, ratio(seconds["attrbox"], seconds["captum"])])
+        rows.append(
+            [f"{name}, {len(images)} images", str(len(able)), missing, ratio(seconds["attrbox"], seconds["captum"])]
+        )
     table(["model", "methods", "captum raises on", "attrbox / captum"], rows)
 
 

@@ -193,7 +193,10 @@ def test_the_snapshot_notices_what_it_should(model):
     leaks = [
         (lambda: model.gate.train(True), lambda: model.gate.train(False)),
         (lambda: model.head.weight.requires_grad_(False), lambda: model.head.weight.requires_grad_(True)),
-        (lambda: setattr(model.head.bias, "grad", model.head.bias.detach()), lambda: setattr(model.head.bias, "grad", None)),
+        (
+            lambda: setattr(model.head.bias, "grad", model.head.bias.detach()),
+            lambda: setattr(model.head.bias, "grad", None),
+        ),
         (lambda: setattr(model.conv, "leftover", 1), lambda: delattr(model.conv, "leftover")),
         (lambda: x.add_(1), lambda: x.sub_(1)),
     ]

@@ -16,15 +16,17 @@ from nets import calibrate, images, relu_net, seeded
 from torch import nn
 
 import attrbox
+from attrbox.engine.site import KINDS
+from attrbox.engine.tape import record
+from attrbox.rules.deeplift import DeepLift
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     captum = pytest.importorskip("captum.attr")
-    zennit = pytest.importorskip("zennit")
-    import zennit.attribution
-    import zennit.composites
-    import zennit.rules
-    import zennit.types
+    attribution = pytest.importorskip("zennit.attribution")
+    composites = pytest.importorskip("zennit.composites")
+    rules = pytest.importorskip("zennit.rules")
+    types = pytest.importorskip("zennit.types")
 
 pytestmark = pytest.mark.peers
 TARGET = 2
@@ -38,6 +40,19 @@ def quiet():
         yield
 
 
+class Apart(nn.Module):
+    """Does nothing, but makes a new tensor: captum mistakes adjacent non-linear modules (see the last section)."""
+
+    def forward(self, x):
+        return x.view_as(x)
+
+
+def apart(model):
+    """The same net with the max-pools apart from the ReLUs before them."""
+    layers = [(Apart(), layer) if isinstance(layer, nn.MaxPool2d) else (layer,) for layer in model]
+    return nn.Sequential(*(layer for pair in layers for layer in pair)).eval()
+
+
 def vgg16():
     """VGG-16's convolutions, with a classifier that is small enough for a test; 64 x 64 images."""
     layers = torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs["D"])
@@ -49,7 +64,7 @@ def vgg16():
 
 
 MODELS = {
-    "relu": (lambda: relu_net(), (3, 8, 8), "2"),
+    "relu": (relu_net, (3, 8, 8), "2"),
     "relu, pool": (lambda: relu_net(pool=True), (3, 8, 8), "2"),
     "VGG-16": (lambda: seeded(vgg16), (3, 64, 64), "29"),
 }
@@ -66,16 +81,16 @@ def ours(model, x, method, **options):
     return attrbox.explain(model, x, method, target=TARGET, **options).values
 
 
-def by_captum(attribution, x, **options):
+def by_captum(peer, x, **options):
     with quiet():
-        return attribution.attribute(x.clone(), target=TARGET, **options).detach()
+        return peer.attribute(x.clone(), target=TARGET, **options).detach()
 
 
 def by_zennit(attributor, x):
     """zennit's maps of the target's logit, for a seed of 1 at the target."""
     with quiet(), attributor:
-        _, attribution = attributor(x.clone(), lambda output: one_hot(output))
-    return attribution.detach()
+        _, maps = attributor(x.clone(), one_hot)
+    return maps.detach()
 
 
 def one_hot(output):
@@ -103,20 +118,18 @@ def differs(actual, expected, by=0.05):
         ("gradient_x_input", {}, captum.InputXGradient, {}),
         ("guided_backprop", {}, captum.GuidedBackprop, {}),
         ("deconvnet", {}, captum.Deconvolution, {}),
-        ("deeplift", {}, captum.DeepLift, {}),
-        ("deeplift", {"baseline": 0.3}, captum.DeepLift, {"baselines": 0.3}),
-        ("integrated_gradients", {"steps": 5}, captum.IntegratedGradients, {"n_steps": 5}),
+        ("integrated_gradients", {"steps": 3}, captum.IntegratedGradients, {"n_steps": 3}),
         (
             "integrated_gradients",
-            {"steps": 4, "quadrature": "right", "baseline": -0.2},
+            {"steps": 3, "quadrature": "right", "baseline": -0.2},
             captum.IntegratedGradients,
-            {"n_steps": 4, "method": "riemann_right", "baselines": -0.2},
+            {"n_steps": 3, "method": "riemann_right", "baselines": -0.2},
         ),
         (
             "integrated_gradients",
-            {"steps": 4, "quadrature": "midpoint"},
+            {"steps": 2, "quadrature": "midpoint"},
             captum.IntegratedGradients,
-            {"n_steps": 4, "method": "riemann_middle"},
+            {"n_steps": 2, "method": "riemann_middle"},
         ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -126,9 +139,11 @@ def test_the_same_maps_as_captum(case, method, options, peer, peer_options):
     same(ours(model, x, method, **options), by_captum(peer(model), x, **peer_options))
 
 
-def test_deeplift_with_a_baseline_per_sample_is_captums():
-    model, x, x0 = relu_net(pool=True), images(3, 3, 8, 8), images(3, 3, 8, 8, seed=1)
-    same(ours(model, x, "deeplift", baseline=x0), by_captum(captum.DeepLift(model), x, baselines=x0))
+@pytest.mark.parametrize("baseline", ["zeros", "number", "per sample"])
+def test_deeplift_is_captums(case, baseline):
+    model, x, _ = case
+    x0 = {"zeros": 0.0, "number": 0.3, "per sample": images(*x.shape, seed=1)}[baseline]
+    same(ours(model, x, "deeplift", baseline=x0), by_captum(captum.DeepLift(apart(model)), x, baselines=x0))
 
 
 @pytest.mark.parametrize("activation", ["Sigmoid", "Tanh", "Softplus", "ELU", "LeakyReLU"])
@@ -194,26 +209,26 @@ def test_the_smoothgrad_family_on_a_quadratic_is_captums():
     ("method", "options", "composite"),
     [
         ("saliency", {"absolute": False}, None),
-        ("guided_backprop", {}, zennit.composites.GuidedBackprop),
-        ("deconvnet", {}, zennit.composites.DeconvNet),
+        ("guided_backprop", {}, composites.GuidedBackprop),
+        ("deconvnet", {}, composites.DeconvNet),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_the_same_maps_as_zennit(case, method, options, composite):
     model, x, _ = case
-    attributor = zennit.attribution.Gradient(model, composite and composite())
+    attributor = attribution.Gradient(model, composite and composite())
     same(ours(model, x, method, **options), by_zennit(attributor, x))
 
 
 def test_integrated_gradients_are_zennits(case):
     model, x, _ = case
-    attributor = zennit.attribution.IntegratedGradients(model, n_iter=4)  # right Riemann sum
-    same(ours(model, x, "integrated_gradients", steps=4, quadrature="right"), by_zennit(attributor, x))
+    attributor = attribution.IntegratedGradients(model, n_iter=3)  # right Riemann sum
+    same(ours(model, x, "integrated_gradients", steps=3, quadrature="right"), by_zennit(attributor, x))
 
 
 def test_smoothgrad_of_one_sample_is_zennits(case):
     model, x, _ = case
-    attributor = zennit.attribution.SmoothGrad(model, n_iter=1)  # its last sample is free of noise
+    attributor = attribution.SmoothGrad(model, n_iter=1)  # its last sample is free of noise
     same(ours(model, x, "smoothgrad", noise=0.0, samples=1), by_zennit(attributor, x))
 
 
@@ -222,13 +237,13 @@ def test_lrp_epsilon_is_zennits(case, epsilon):
     # zennit stabilises each linear layer, the output layer too; attrbox those with a non-linearity behind. The
     # relevance of the output layer is z / (z + epsilon sign z) of the logit there.
     model, x, _ = case
-    composite = zennit.composites.LayerMapComposite(
+    composite = composites.LayerMapComposite(
         [
-            (zennit.types.Activation, zennit.rules.Pass()),
-            (zennit.types.Linear, zennit.rules.Epsilon(epsilon)),
+            (types.Activation, rules.Pass()),
+            (types.Linear, rules.Epsilon(epsilon)),
         ]
     )
-    with quiet(), zennit.attribution.Gradient(model, composite) as attributor:
+    with quiet(), attribution.Gradient(model, composite) as attributor:
         output, relevance = attributor(x.clone(), lambda output: output * one_hot(output))
     logit = output[:, TARGET].detach().view(-1, 1, 1, 1)
     same(
@@ -258,7 +273,7 @@ def test_peers_do_not_see_functional_relus():
     model = FunctionalNet(net).eval()
     gradient, guided = ours(net, x, "saliency", absolute=False), ours(net, x, "guided_backprop")
     same(by_captum(captum.GuidedBackprop(model), x), gradient, 1e-12)
-    same(by_zennit(zennit.attribution.Gradient(model, zennit.composites.GuidedBackprop()), x), gradient, 1e-12)
+    same(by_zennit(attribution.Gradient(model, composites.GuidedBackprop()), x), gradient, 1e-12)
     same(ours(model, x, "guided_backprop"), guided, 1e-12)
     differs(guided, gradient)
 
@@ -292,11 +307,32 @@ def test_captums_deeplift_fails_on_resnet18():
         torch.manual_seed(0)
         model = calibrate(torchvision.models.resnet18(weights=None))
     x = images(2, 3, 64, 64)
-    with pytest.raises(AssertionError, match="more than once"):
+    with pytest.raises((AssertionError, RuntimeError), match="more than once"):
         by_captum(captum.DeepLift(copy.deepcopy(model)), x)
     maps = attrbox.explain(model, x, "deeplift", target=TARGET)
     same(maps.values.flatten(1).sum(1), (model(x) - model(0 * x))[:, TARGET].detach(), 1e-9)
     assert maps.relative_gap.max() < 1e-9
+
+
+class NoPools(DeepLift):
+    """DeepLIFT with the true gradient at max-pools."""
+
+    kinds = KINDS - {"max_pool"}
+
+
+def test_captums_deeplift_ignores_max_pools_behind_relus():
+    # Of two adjacent non-linear modules, the earlier reads the gradient before the later has changed it (its issue
+    # 1104). So it does without its own rule for max-pools there, and is incomplete.
+    model, x = relu_net(pool=True).requires_grad_(False), images(3, 3, 8, 8)
+    x0 = images(3, 3, 8, 8, seed=1)
+    change = (model(x) - model(x0))[:, TARGET]
+    peer = by_captum(captum.DeepLift(model), x, baselines=x0)
+    tape = record(model, x, [NoPools()])
+    reference = tape.record_reference(x0)
+    (multipliers,) = tape.replay(tape.output[:, TARGET], [tape.images], NoPools(), reference=reference)
+    same(multipliers * (x - x0), peer, 1e-9)
+    differs(peer.flatten(1).sum(1), change)
+    same(ours(model, x, "deeplift", baseline=x0).flatten(1).sum(1), change, 1e-12)
 
 
 def test_captums_deeplift_loses_what_overlapping_pools_share():
@@ -312,7 +348,7 @@ def test_captums_trapezoid_weights_do_not_sum_to_1():
     # 49 / 50, so a linear model gets .98 of its map.
     model, x = nn.Linear(4, 3).double().eval(), images(2, 4)
     exact = ours(model, x, "gradient_x_input")
-    same(by_captum(captum.IntegratedGradients(model), x, method="riemann_trapezoid"), 0.98 * exact, 1e-9)
+    same(by_captum(captum.IntegratedGradients(model), x, method="riemann_trapezoid"), 0.98 * exact, 1e-6)
     same(ours(model, x, "integrated_gradients", quadrature="trapezoid"), exact, 1e-12)
 
 

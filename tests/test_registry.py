@@ -47,7 +47,9 @@ def test_aliases(alias, name):
     assert alias in attrbox.methods
 
 
-@pytest.mark.parametrize(("wrong", "near"), [("gradcam_", "grad_cam"), ("DeepLIFTT", "deeplift"), ("salency", "saliency")])
+@pytest.mark.parametrize(
+    ("wrong", "near"), [("gradcam_", "grad_cam"), ("DeepLIFTT", "deeplift"), ("salency", "saliency")]
+)
 def test_near_misses(wrong, near):
     with pytest.raises(UnknownNameError, match=f"Did you mean .*'{near}'"):
         attrbox.explain(relu_net(), X, wrong)
@@ -156,7 +158,9 @@ def test_rules_that_break_their_contract(propagate, message, clean):
 
 def test_derivatives_that_do_not_exist(clean):
     rule = type(
-        "Pool", (attrbox.Rule,), {"kinds": frozenset({"max_pool"}), "propagate": lambda self, site, grad: site.derivative()}
+        "Pool",
+        (attrbox.Rule,),
+        {"kinds": frozenset({"max_pool"}), "propagate": lambda self, site, grad: site.derivative()},
     )
     attrbox.register_rule("pool", summary="s", reference="r")(rule)
     with pytest.raises(RuleError, match="true_gradient"):

@@ -46,7 +46,9 @@ def native(model: nn.Module, x: Tensor, target: int = 0) -> Tensor:
     return torch.autograd.grad(model(leaf)[:, target].sum(), leaf)[0]
 
 
-def replayed(model: nn.Module, x: Tensor, rule: Rule | None, reference: Tensor | None = None, rules=ALL_RULES) -> Tensor:
+def replayed(
+    model: nn.Module, x: Tensor, rule: Rule | None, reference: Tensor | None = None, rules=ALL_RULES
+) -> Tensor:
     with untouched(model):
         tape = record(model, x, rules)
         there = None if reference is None else tape.record_reference(reference)

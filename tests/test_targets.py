@@ -80,7 +80,9 @@ def test_wrong_targets(target, message):
         Target(target, 3).resolve(OUT, ALL)
 
 
-@pytest.mark.parametrize("result", [lambda out: out.sum(), lambda out: 3.0, lambda out: out[:2, 0], lambda out: out[None]])
+@pytest.mark.parametrize(
+    "result", [lambda out: out.sum(), lambda out: 3.0, lambda out: out[:2, 0], lambda out: out[None]]
+)
 def test_wrong_target_functions(result):
     with pytest.raises(TargetError, match="return 3 scores"):
         attrbox.explain(vector_net(), X, "saliency", target=result, progress=False)
@@ -119,7 +121,9 @@ def test_unwrapping(wrap):
         torch.testing.assert_close(values, attrbox.explain(vector_net(), X, method, progress=False).values)
 
 
-@pytest.mark.parametrize("output", [None, 3.0, "cat", {}, (), {"a": OUT, "b": OUT}, (None, OUT), OUT.long(), {"logits": 1}])
+@pytest.mark.parametrize(
+    "output", [None, 3.0, "cat", {}, (), {"a": OUT, "b": OUT}, (None, OUT), OUT.long(), {"logits": 1}]
+)
 def test_no_tensor_in_the_output(output):
     with pytest.raises(ModelError, match="floating-point tensor of scores"):
         unwrap(output)

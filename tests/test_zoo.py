@@ -98,7 +98,8 @@ def test_every_method_runs(name):
     model, x = load(name, torch.float32), photographs(name, torch.float32)
     entries = [(method, MANY_PASSES.get(method, {})) for method in attrbox.list_methods()]
     entries = [
-        (method, {"samples": 2} if method in ("squared_smoothgrad", "vargrad") else options) for method, options in entries
+        (method, {"samples": 2} if method in ("squared_smoothgrad", "vargrad") else options)
+        for method, options in entries
     ]
     result = attrbox.compare(model, x, entries, progress=False)
     for method, maps in result.items():

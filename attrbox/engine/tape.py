@@ -90,10 +90,10 @@ class Tape:
                 (pair for pair in zip(here, there, strict=False) if pair[0] != pair[1]), ("another number", "them")
             )
             raise ModelError(
-                f"The model ran {len(here)} non-linear operations on the images but {len(there)} (or other ones) on the "
-                f"reference; the first difference is {first[0]} against {first[1]}. Its control flow depends on its "
-                "input, so differences from this reference are not defined. Choose a baseline that takes the same path, "
-                "or a method without one."
+                f"The model ran {len(here)} non-linear operations on the images but {len(there)} (or other ones) on "
+                f"the reference; the first difference is {first[0]} against {first[1]}. Its control flow depends on "
+                "its input, so differences from this reference are not defined. Choose a baseline that takes the same "
+                "path, or a method without one."
             )
         return Reference(tuple(recorder.kept), _detached(output))
 
@@ -241,8 +241,8 @@ class _Replaying:
             )
         if len(shapes) == 1 and gradients[0].shape != shapes[0]:
             raise RuleError(
-                f"The rule {site.rule!r} must return a gradient of the input's shape {list(shapes[0])} at {site.where}, "
-                f"got {list(gradients[0].shape)}."
+                f"The rule {site.rule!r} must return a gradient of the input's shape {list(shapes[0])} at "
+                f"{site.where}, got {list(gradients[0].shape)}."
             )
         # A product may have broadcast a factor: its gradient is summed over the copies.
         return tuple(gradient.sum_to_size(shape) for gradient, shape in zip(gradients, shapes, strict=True))

@@ -81,6 +81,7 @@ class GradCam(_Cam):
     summary="Guided backpropagation times Grad-CAM",
     reference="Selvaraju et al., ICCV 2017, section 3.2",
     aliases=("GGCAM", "guided_gradcam"),
+    reduction="max",
 )
 @dataclass(frozen=True, kw_only=True)
 class GuidedGradCam(_Cam):

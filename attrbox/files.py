@@ -1,0 +1,41 @@
+"""Files appear whole or not at all."""
+
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from attrbox.errors import AttrboxError, FileError
+
+
+@contextmanager
+def whole_file(path: str | Path, overwrite: bool = True) -> Iterator[Path]:
+    """A new file beside `path`, which takes its place if all goes well and is removed otherwise.
+
+    Args:
+        path: the name of the file; missing folders are made.
+        overwrite: replace a file of that name.
+
+    Raises:
+        FileError: the file exists and may not be replaced, is a folder, or cannot be written.
+    """
+    path = Path(path)
+    part = path.with_name(f".attrbox-{uuid.uuid4().hex}.part")
+    try:
+        if path.exists() and not path.is_file():
+            raise FileError(f"Expected the name of a file to write, but {str(path)!r} is a folder or a device.")
+        if path.exists() and not overwrite:
+            raise FileError(f"The file {str(path)!r} exists already. Choose another name, or pass overwrite=True.")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield part
+        os.replace(part, path)
+    except AttrboxError:
+        raise
+    except (OSError, RuntimeError, ValueError) as error:  # h5py raises any of these
+        raise FileError(
+            f"Cannot write {str(path)!r}: {error}. Check its folder, permissions and free space."
+        ) from error
+    finally:
+        with suppress(OSError):
+            part.unlink()
