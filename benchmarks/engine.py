@@ -63,7 +63,7 @@ def native(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def rounds(candidates: dict[str, Callable[[], object]], count: int) -> dict[str, list[float]]:
-    """Seconds of each candidate, round by round, in random order within a round; one round to warm up is not counted."""
+    """Seconds of each candidate, round by round, in random order within a round; the first round warms up."""
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     order = list(candidates)
     shuffler = random.Random(0)
@@ -203,7 +203,7 @@ def comparison(models: Sequence[str], count: int) -> None:
             for call in able.values():
                 quietly(call)
 
-        def together(model: nn.Module = model, images: Tensor = images, chosen: list[str] = list(able)) -> object:
+        def together(model: nn.Module = model, images: Tensor = images, chosen: Sequence[str] = tuple(able)) -> object:
             return attrbox.compare(model, images, chosen, target=0, progress=False)
 
         seconds = rounds({"captum": sequence, "attrbox": together}, count)

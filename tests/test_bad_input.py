@@ -53,7 +53,7 @@ def test_a_forgotten_batch_axis():
 
 @pytest.mark.parametrize("model", [None, "resnet18", lambda x: x, torch.ones(3), nn.ReLU])
 def test_models(model):
-    with pytest.raises(ModelError, match="Expected the model to be a torch.nn.Module"):
+    with pytest.raises(ModelError, match=r"Expected the model to be a torch\.nn\.Module"):
         attrbox.explain(model, X, "saliency", progress=False)
 
 
