@@ -170,6 +170,16 @@ def test_the_minimum_from_the_other_side():
     close(values(minimum, [[3.0, 1.0]], "deeplift", baseline=tensor([0.0, 4.0])), [[2.0, -1.0]])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+def test_deeplift_of_a_difference_that_changes_by_rounding_only(dtype):
+    # f = relu(x1 - x2 + 1), both inputs moved by c: the ReLU is on, its input the same up to a few units in the last
+    # place. The slope must stay 1 for each of them: (c, -c).
+    start, shift = torch.rand(2000, 3, generator=torch.Generator().manual_seed(0), dtype=dtype).split([2, 1], 1)
+    model = Formula(lambda x: F.relu(x[:, 0] - x[:, 1] + 1))
+    got = attrbox.explain(model, start + shift, "deeplift", target=0, baseline=start).values
+    torch.testing.assert_close(got, shift * torch.tensor([1.0, -1.0], dtype=dtype), rtol=1e-4, atol=1e-5)
+
+
 # ------------------------------------------------------------------------------------------------------ 5. max-pool
 
 
