@@ -38,6 +38,27 @@ def test_one_forward_serves_all_rules():
     assert model.batches == [4]
 
 
+@pytest.mark.parametrize("other", ["saliency", "grad_cam", "guided_backprop", "deeplift", "lrp_epsilon"])
+@pytest.mark.parametrize("rule", ["deconvnet", "deeplift", "lrp_epsilon"])
+def test_every_pair_shares_a_recording_that_keeps_enough(rule, other):
+    if rule != other:
+        result = compare(squeeze_excitation_net(), [rule, other])
+        for name in (rule, other):
+            alone = attrbox.explain(squeeze_excitation_net(), X, name, progress=False)
+            torch.testing.assert_close(result[name].values, alone.values)
+
+
+def test_equal_rules_are_replayed_once(monkeypatch):
+    replays = []
+    original = attrbox.engine.tape.Tape.replay
+    monkeypatch.setattr(
+        "attrbox.engine.tape.Tape.replay",
+        lambda self, *args, **kw: replays.append(args[2:]) or original(self, *args, **kw),
+    )
+    compare(relu_net(), ["guided_backprop", "guided_grad_cam", "grad_cam", "saliency", "gradient_x_input"])
+    assert len(replays) == 3  # guided, the feature map, the gradient
+
+
 def test_the_reference_costs_one_image():
     model = Counting(relu_net())
     compare(model, [*RULED, "deeplift"])

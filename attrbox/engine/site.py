@@ -51,7 +51,7 @@ class Site:
     function: Callable[..., Tensor]
     pull: "Callable[[Site, Tensor], Gradients] | None" = None  # a faster true gradient than the general one
     options: dict[str, Any] = field(default_factory=dict)
-    rule: str = ""  # name of the rule that is being replayed, for messages
+    rule: str = ""  # name of the rule that is being replayed, for messages; none for the true gradient
     saved_inputs: tuple[Tensor, ...] | None = None
     saved_output: Tensor | None = None
     saved_reference: tuple[Tensor, ...] | None = None
@@ -141,9 +141,13 @@ class Site:
         return replace(self, saved_inputs=inputs, saved_output=output, saved_reference=reference, rule=rule)
 
     def _missing(self, need: str) -> RuleError:
+        if self.rule:
+            return RuleError(
+                f"The rule {self.rule!r} reads the {need} of {self.where}, which was not kept. "
+                f"Declare it: needs = frozenset({{{need!r}, ...}}) in the rule's class, and record with this rule."
+            )
         return RuleError(
-            f"The rule {self.rule!r} reads the {need} of {self.where}, which was not kept. "
-            f"Declare it: needs = frozenset({{{need!r}, ...}}) in the rule's class."
+            f"The true gradient reads the {need} of {self.where}, which was not kept. Record with None among the rules."
         )
 
 

@@ -118,7 +118,7 @@ class Tape:
 
         Raises:
             NoGradientError: the score does not depend on the inputs.
-            RuleError: the rule broke its contract.
+            RuleError: the rule broke its contract, or needs what was not kept for the rules of the recording.
         """
         if rule is not None and rule.uses_reference and reference is None:
             raise RuleError(f"The rule {type(rule).__name__} compares with a reference; pass one to replay.")
@@ -154,7 +154,7 @@ class Tape:
 def record(
     model: nn.Module,
     images: Tensor,
-    rules: Collection[Rule] = (),
+    rules: Collection[Rule | None] = (),
     layers: Collection[str | None] = (),
 ) -> Tape:
     """Run `model` on `images` once, so that it can be replayed under each of `rules`.
@@ -165,7 +165,7 @@ def record(
     Args:
         model: the model, which gets a copy of the images, so that it may write into it.
         images: [n, ...], floating point.
-        rules: the rules that will be replayed; they decide what is kept in memory.
+        rules: the rules that will be replayed, None for the true gradient; they decide what is kept in memory.
         layers: modules whose output is wanted in `feature_maps`; None means the last spatial feature map.
 
     Raises:
@@ -174,10 +174,11 @@ def record(
         OptionError: no such layer, or it has no tensor as its output.
     """
     leaf = images.detach().requires_grad_()
-    if not rules and not layers:
+    asking = [rule for rule in rules if rule is not None]
+    if not asking and not layers:
         return Tape(model, leaf, forward(model, leaf.clone()), None)
     check_visible(model)
-    needs = _needs(rules)
+    needs = _needs(asking, true_gradient=None in rules or bool(layers))
     copies: frozenset[int] = frozenset()
     while True:
         recorder = _Recorder(model, needs, layers, copies)
@@ -211,12 +212,13 @@ def check_visible(model: nn.Module) -> None:
         )
 
 
-def _needs(rules: Collection[Rule]) -> dict[str, frozenset[str]]:
-    """What must be kept at each kind of site so that all rules, and the true gradient, can be replayed."""
+def _needs(rules: Collection[Rule], true_gradient: bool) -> dict[str, frozenset[str]]:
+    """What must be kept at each kind of site so that all of these can be replayed."""
+    derivative = frozenset({"derivative"})
     needs: dict[str, frozenset[str]] = {}
     for kind in frozenset().union(*(rule.kinds for rule in rules)):
-        asked = [rule.needs_at(kind) if kind in rule.kinds else frozenset({"derivative"}) for rule in rules]
-        needs[kind] = frozenset({"derivative"}).union(*asked) if len(rules) > 1 else asked[0]
+        asked = [rule.needs_at(kind) if kind in rule.kinds else derivative for rule in rules]
+        needs[kind] = frozenset().union(*asked, derivative if true_gradient else ())
     return needs
 
 
@@ -231,7 +233,7 @@ class _Replaying:
         """The gradients that a site passes on, one per input, of the inputs' shapes."""
         rule = self.rule if self.rule is not None and site.kind in self.rule.kinds else None
         reference = self.reference.inputs[site.index] if self.reference else None
-        site = site.with_tensors(inputs, output, reference, type(rule).__name__)
+        site = site.with_tensors(inputs, output, reference, type(rule).__name__ if rule else "")
         found = site.true_gradient(grad) if rule is None else rule.propagate(site, grad)
         gradients = found if isinstance(found, tuple) else (found,)
         if len(gradients) != len(shapes) or not all(isinstance(gradient, Tensor) for gradient in gradients):

@@ -83,7 +83,7 @@ class Run:
         self.settings = settings
         self.rows = rows
         self.per_pass = per_pass
-        self._rules = [rule for rule in rules if rule is not None]
+        self._rules = rules
         self._layers = layers
         self._taped = bool(rules or layers)
         self._keep = keep

@@ -17,12 +17,15 @@ The max-pool is the split of DeepSHAP by winners, |y - y0| <= |x - x0| there, so
 may overlap.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from attrbox.engine.site import KINDS, Gradients, Rule, Site
 
 
+@dataclass(frozen=True)
 class DeepLift(Rule):
     """The slope between reference and input at every known non-linearity."""
 

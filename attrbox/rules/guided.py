@@ -8,11 +8,14 @@ With a ReLU, f'(x) = 1[x > 0], and 0 at 0. Other rectifiers (ReLU6, GELU, SiLU, 
 (sigmoid, tanh, softmax, products) and max-pools the true derivative holds.
 """
 
+from dataclasses import dataclass
+
 from torch import Tensor
 
 from attrbox.engine.site import RECTIFIERS, Gradients, Rule, Site
 
 
+@dataclass(frozen=True)
 class GuidedBackprop(Rule):
     """f'(x) * max(grad_output, 0) at every rectifier."""
 
@@ -31,6 +34,7 @@ def _one(gradients: Gradients) -> Tensor:
     return gradients
 
 
+@dataclass(frozen=True)
 class Deconvnet(Rule):
     """max(grad_output, 0) at every rectifier, whatever the forward signal was."""
 
