@@ -28,7 +28,8 @@ class Operation:
     run: Function
     pure: Callable[..., Tensor]
     in_place: bool = False
-    pull: Callable[[Site, Tensor], Gradients] | None = None  # true gradient from the output alone
+    pull: Callable[[Site, Tensor], Gradients] | None = None  # true gradient without running `pure` again
+    pulls_from: str = "output"  # what `pull` reads
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -73,6 +74,7 @@ class _Unary:
     kind: str
     inplace: int | None = None
     pull: Callable[[Site, Tensor], Gradients] | None = None
+    pulls_from: str = "output"
 
     def __call__(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operation | None:
         input, rest, kwargs = _split(args, kwargs)
@@ -87,7 +89,7 @@ class _Unary:
 
         writes = _in_place(function, rest, kwargs, self.inplace)
         kind, pull, options = self.read(rest, kwargs)
-        return Operation(kind, (input,), run, pure if writes else run, writes, pull, options)
+        return Operation(kind, (input,), run, pure if writes else run, writes, pull, self.pulls_from, options)
 
     def read(self, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Any, dict[str, Any]]:
         return self.kind, self.pull, {}
@@ -150,6 +152,11 @@ def _sigmoid_pull(site: Site, grad_output: Tensor) -> Any:
     return aten.sigmoid_backward(grad_output, site.output)
 
 
+def _hardsigmoid_pull(site: Site, grad_output: Tensor) -> Any:
+    # torch cannot differentiate hardsigmoid_backward. Its slope is constant by pieces, so only the gradient matters.
+    return grad_output * aten.hardsigmoid_backward(torch.ones_like(grad_output), site.input.detach())
+
+
 def _tanh_pull(site: Site, grad_output: Tensor) -> Any:
     return aten.tanh_backward(grad_output, site.output)
 
@@ -192,10 +199,21 @@ def _product(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 
 def _is_gate(factor: Tensor) -> bool:
-    site = getattr(factor.grad_fn, "site", None)  # what made the factor, recorded or native
+    """Whether a sigmoid made the factor, recorded or native, up to changes of its shape."""
+    node = factor.grad_fn
+    while node is not None and type(node).__name__.rstrip("0123456789") in _RESHAPING:
+        node = node.next_functions[0][0]
+    site = getattr(node, "site", None)
     if isinstance(site, Site):
         return site.kind in GATES
-    return type(factor.grad_fn).__name__ in ("SigmoidBackward0", "HardsigmoidBackward0")
+    return type(node).__name__ in ("SigmoidBackward0", "HardsigmoidBackward0")
+
+
+# Autograd's names of operations that change no value.
+_RESHAPING = frozenset(
+    f"{name}Backward"
+    for name in "View UnsafeView ReshapeAlias Expand Unsqueeze Squeeze Permute Transpose T Clone Alias".split()
+)
 
 
 # ------------------------------------------------------------------------------------------------------- tables
@@ -233,7 +251,7 @@ def _table() -> dict[Function, Callable[..., Operation | None]]:
     enter(_Unary("silu", 0), F.silu, nn_.silu, nn_.silu_)
     enter(_Unary("hardswish", 0), F.hardswish, nn_.hardswish, nn_.hardswish_)
     enter(_Unary("mish", 0), F.mish, nn_.mish, nn_.mish_)
-    enter(_Unary("hardsigmoid", 0), F.hardsigmoid, nn_.hardsigmoid, nn_.hardsigmoid_)
+    enter(_Unary("hardsigmoid", 0, _hardsigmoid_pull, "input"), F.hardsigmoid, nn_.hardsigmoid, nn_.hardsigmoid_)
     enter(
         _Unary("sigmoid", pull=_sigmoid_pull),
         *(torch.sigmoid, torch.sigmoid_, Tensor.sigmoid, Tensor.sigmoid_, F.sigmoid),

@@ -141,13 +141,9 @@ class Site:
         return replace(self, saved_inputs=inputs, saved_output=output, saved_reference=reference, rule=rule)
 
     def _missing(self, need: str) -> RuleError:
-        if self.rule:
-            return RuleError(
-                f"The rule {self.rule!r} reads the {need} of {self.where}, which was not kept. "
-                f"Declare it: needs = frozenset({{{need!r}, ...}}) in the rule's class, and record with this rule."
-            )
         return RuleError(
-            f"The true gradient reads the {need} of {self.where}, which was not kept. Record with None among the rules."
+            f"The rule {self.rule!r} reads the {need} of {self.where}, which was not kept. "
+            f"Declare it: needs = frozenset({{{need!r}, ...}}) in the rule's class, and record with this rule."
         )
 
 

@@ -129,11 +129,10 @@ class Tape:
             gradients = torch.autograd.grad(
                 score.sum(), inputs, retain_graph=keep, create_graph=create_graph, allow_unused=True
             )
-        except torch.utils.checkpoint.CheckpointError as error:
-            raise UnsupportedModelError(
-                "The model uses activation checkpointing, which runs parts of it again in the backward pass where no "
-                "rule sees them. Switch it off for explaining."
-            ) from error
+        except RuntimeError as error:
+            if "use_reentrant" in str(error):  # its reentrant variant and autograd.grad
+                raise _checkpointed() from error
+            raise
         finally:
             self._replaying.rule = self._replaying.reference = None
         if any(gradient is None for gradient in gradients):
@@ -165,7 +164,7 @@ def record(
     Args:
         model: the model, which gets a copy of the images, so that it may write into it.
         images: [n, ...], floating point.
-        rules: the rules that will be replayed, None for the true gradient; they decide what is kept in memory.
+        rules: the rules that will be replayed; they decide what is kept in memory. The true gradient (None) always can.
         layers: modules whose output is wanted in `feature_maps`; None means the last spatial feature map.
 
     Raises:
@@ -178,7 +177,7 @@ def record(
     if not asking and not layers:
         return Tape(model, leaf, forward(model, leaf.clone()), None)
     check_visible(model)
-    needs = _needs(asking, true_gradient=None in rules or bool(layers))
+    needs = _needs(asking)
     copies: frozenset[int] = frozenset()
     while True:
         recorder = _Recorder(model, needs, layers, copies)
@@ -212,13 +211,14 @@ def check_visible(model: nn.Module) -> None:
         )
 
 
-def _needs(rules: Collection[Rule], true_gradient: bool) -> dict[str, frozenset[str]]:
-    """What must be kept at each kind of site so that all of these can be replayed."""
-    derivative = frozenset({"derivative"})
+def _needs(rules: Collection[Rule]) -> dict[str, frozenset[str]]:
+    """What must be kept at each kind of site so that all of these, and the true gradient, can be replayed.
+
+    The true gradient is what double backward comes through, whatever the rule.
+    """
     needs: dict[str, frozenset[str]] = {}
     for kind in frozenset().union(*(rule.kinds for rule in rules)):
-        asked = [rule.needs_at(kind) if kind in rule.kinds else derivative for rule in rules]
-        needs[kind] = frozenset().union(*asked, derivative if true_gradient else ())
+        needs[kind] = frozenset({"derivative"}).union(*(rule.needs_at(kind) for rule in rules if kind in rule.kinds))
     return needs
 
 
@@ -339,10 +339,12 @@ class _Recorder(TorchFunctionMode):
         return site
 
     def _make_site(self, operation: Operation) -> Any:
+        if _is_checkpointing():
+            raise _checkpointed()
         site = self._site(operation)
         needs = set(self.needs[operation.kind])
-        if "derivative" in needs:
-            needs.add("output" if operation.pull else "input")
+        if "input" not in needs:  # from the input everything else can be computed again
+            needs.add(operation.pulls_from if operation.pull else "input")
         copying = site.index in self._copies
         inputs = operation.inputs
         if copying:  # the model writes over the input or the output later: keep both out of its reach
@@ -485,6 +487,19 @@ def forward(model: nn.Module, images: Tensor, recorder: _Recorder | None = None)
             f"The model raised {type(error).__name__} on images of shape {list(images.shape)}, {images.dtype}, on "
             f"{images.device}: {error}. Check that model(images) runs on its own (size, channels, dtype, device)."
         ) from error
+
+
+def _is_checkpointing() -> bool:
+    """Whether autograd forgets what is saved now, and will run the model's code again when it needs it."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
+
+
+def _checkpointed() -> UnsupportedModelError:
+    return UnsupportedModelError(
+        "The model uses activation checkpointing, which runs parts of it again in the backward pass, where no rule "
+        "sees them. Switch it off for explaining."
+    )
 
 
 def _no_gradient() -> NoGradientError:

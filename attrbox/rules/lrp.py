@@ -57,5 +57,7 @@ class LRPEpsilon(Rule):
             stabilised = site.input.clamp_min(0).add_(self.epsilon)
         else:
             x = site.input
-            stabilised = torch.copysign(x.new_tensor(self.epsilon), x).add_(x)
-        return stabilised.reciprocal_().mul_(site.output).mul_(grad_output)
+            stabilised = x + torch.copysign(x.new_tensor(self.epsilon), x)
+        if torch.is_grad_enabled():
+            return grad_output * (site.output / stabilised)
+        return stabilised.reciprocal_().mul_(site.output).mul_(grad_output)  # the same, in no further memory
