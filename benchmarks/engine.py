@@ -14,7 +14,6 @@ import gc
 import os
 import platform
 import random
-import resource
 import statistics
 import subprocess
 import sys
@@ -28,7 +27,7 @@ from torch import Tensor, nn
 
 import attrbox
 
-BATCHES = {"resnet18": 4, "vgg16": 4, "efficientnet_lite0": 4, "inception_v3": 4}
+BATCHES = {"resnet18": 8, "vgg16": 4, "efficientnet_lite0": 8, "inception_v3": 4}
 SINGLE = ["saliency", "gradient_x_input", "guided_backprop", "deconvnet", "lrp_epsilon", "deeplift", "grad_cam"]
 FAMILY = [
     *("saliency", "gradient_x_input", "guided_backprop", "deconvnet", "deeplift", "integrated_gradients"),
@@ -237,18 +236,26 @@ def precisions(models: Sequence[str], count: int) -> None:
 
 
 def peak(job: str, name: str) -> int:
-    """Peak memory in bytes that one job adds to a fresh process with the model loaded."""
+    """Bytes that the resident set of a fresh process grows by at most while it runs one job."""
     command = [sys.executable, __file__, "--peak", job, "--models", name]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
 def measure_peak(job: str, name: str) -> None:
-    """In a process of its own: run one job, print how much the peak resident memory grew."""
+    """In a process of its own: run one job, print how far the resident set grew, as Linux counts its peak."""
     model, images = load(name), photographs(name, BATCHES[name])
     native(model, images[:1])  # libraries and work space that any pass allocates
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with open("/proc/self/clear_refs", "w") as clear:
+        clear.write("5")  # from here on the peak counts anew
+    before = resident("VmRSS")
     native(model, images) if job == "native" else explained(model, images, job)()
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+    print(resident("VmHWM") - before)
+
+
+def resident(key: str) -> int:
+    """VmRSS (now) or VmHWM (peak) of this process, in bytes."""
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
 
 def memory(models: Sequence[str]) -> None:

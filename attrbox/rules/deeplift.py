@@ -50,7 +50,8 @@ def _slope(site: Site) -> Tensor:
     x, x0 = site.input, site.reference_input
     bounds = site.options.get("bounds")
     if bounds and not torch.is_grad_enabled():
-        return _share_between(*bounds, x, x0)
+        low, high = bounds
+        return _share_between(low, high, x, x0)
     change = x - x0
     # Rounding makes the quotient of a smooth function useless where x is close to x0; the derivative errs by
     # f'' * (x - x0) there, which is less. The quotient of straight lines is exact.

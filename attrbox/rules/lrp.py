@@ -60,7 +60,7 @@ class LRPEpsilon(Rule):
             stabilised = x + torch.copysign(x.new_tensor(self.epsilon), x)
         if torch.is_grad_enabled():
             return grad_output * (site.output / stabilised)
-        return stabilised.reciprocal_().mul_(site.output).mul_(grad_output)  # the same, in no further memory
+        return torch.div(site.output, stabilised, out=stabilised).mul_(grad_output)  # the same, in no further memory
 
 
 # The output of a ReLU decides alone; that of a ReLU6 is computed again rather than kept.
