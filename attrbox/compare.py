@@ -206,7 +206,8 @@ class _Call:
 def _run(model: nn.Module, images: Tensor, chosen: _Chosen, call: _Call) -> Comparison:
     model = check_model(model)
     with torch.inference_mode(False):
-        images = check_images(images).detach().clone()  # of an inference tensor, the clone is an ordinary one
+        images = check_images(images).detach()
+        images = images.clone() if images.is_inference() else images  # the clone is an ordinary tensor
     count = len(images)
     target = Target(call.target, count)
     seeds = _seeds(call.seed, count)
@@ -262,7 +263,8 @@ def check_images(images: object) -> Tensor:
         )
     if images.numel() == 0:
         raise InputError(f"Expected at least one image and one pixel, got {list(images.shape)}.")
-    if not images.is_meta and not bool(images.isfinite().all()):
+    # One pass over memory; only if it fails is the sum's own overflow told from a bad pixel.
+    if not images.is_meta and not bool(images.sum().isfinite()) and not bool(images.isfinite().all()):
         bad = (~images.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
         raise InputError(f"Expected finite pixels, got NaN or infinity in images {bad[:10]}. Mend or leave out these.")
     return images

@@ -159,7 +159,7 @@ def peers(models: Sequence[str], count: int) -> None:
     print("### Against captum: captum's seconds / attrbox's seconds (more than 1: attrbox is faster)\n")
     rows = []
     for name in models:
-        images = photographs(name, 4 if name != "vgg16" else 2)
+        images = photographs(name, 2)
         model = load(name)
         theirs = captum_calls(model, images, internal=16)
         candidates: dict[str, Callable[[], object]] = {}
@@ -186,7 +186,7 @@ def comparison(models: Sequence[str], count: int) -> None:
     print(f"### compare of {len(FAMILY)} methods against captum's one after the other\n")
     rows = []
     for name in models:
-        images = photographs(name, 4 if name != "vgg16" else 2)
+        images = photographs(name, 2)
         model = load(name)
         able = {}
         for method, call in captum_calls(model, images, internal=16).items():
