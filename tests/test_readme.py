@@ -1,0 +1,41 @@
+"""The README's code runs, and its table of methods is the registry's."""
+
+import re
+from pathlib import Path
+
+import attrbox
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_code_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+    assert len(blocks) == 2
+    # The same without a download, on small images, with few steps.
+    code = "\n".join(blocks).replace('weights="DEFAULT"', "weights=None").replace("224", "32").replace("100", "3")
+    names: dict[str, object] = {}
+    try:
+        exec(code, names)
+        assert names["maps"].values.shape == (4, 3, 32, 32)
+        assert names["result"]["grad_cam"].heatmap().shape == (4, 2, 32, 32)
+        assert (tmp_path / "comparison.png").stat().st_size > 10_000
+        assert (tmp_path / "maps.h5").exists()
+    finally:
+        for registry in (attrbox.methods, attrbox.rules):
+            if "absolute" in registry:
+                registry.remove("absolute")
+
+
+def test_the_table_lists_every_method():
+    rows = re.findall(r"^\| `(\w+)`(?: \[([^\]]+)\])? \|", README, flags=re.M)
+    assert {name for name, _ in rows} == set(attrbox.list_methods())
+    for name, alias in rows:
+        assert not alias or attrbox.methods[alias].name == name
+
+
+def test_all_is_what_is_there():
+    assert all(hasattr(attrbox, name) for name in attrbox.__all__)
+    public = {name for name, value in vars(attrbox).items() if not name.startswith("_")}
+    modules = {name for name in public if type(getattr(attrbox, name)).__name__ == "module"} - {"errors"}
+    assert public - modules == set(attrbox.__all__)
