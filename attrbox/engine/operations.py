@@ -1,8 +1,7 @@
-"""The table of operations: which torch functions are sites, which are linear, and how to call them.
+"""The table of operations: which torch functions are sites, and how to call them.
 
 Every spelling of an operation is one entry: functional, method, in place; modules end up in one of these.
-`interpret` turns an intercepted call into an `Operation`; `is_linear` says whether an operation that is not in the
-table passes differences on unchanged, so that no rule needs to know it.
+`interpret` turns an intercepted call into an `Operation`.
 """
 
 from collections.abc import Callable
@@ -13,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attrbox.engine.linearity import argument, is_activation
 from attrbox.engine.site import GATES, Gradients, Site
 
 Function = Callable[..., Any]
@@ -39,11 +39,6 @@ def interpret(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any])
     return None if reader is None else reader(function, args, kwargs)
 
 
-def is_activation(value: object) -> bool:
-    """Whether a value depends on the images: with frozen parameters, whether it requires a gradient."""
-    return isinstance(value, Tensor) and value.requires_grad
-
-
 # ---------------------------------------------------------------------------------------------------- one input
 
 
@@ -56,15 +51,11 @@ def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tuple[An
     return first, (), rest
 
 
-def _argument(rest: tuple[Any, ...], kwargs: dict[str, Any], position: int, name: str, default: Any) -> Any:
-    return kwargs[name] if name in kwargs else rest[position] if len(rest) > position else default
-
-
 def _in_place(function: Function, rest: tuple[Any, ...], kwargs: dict[str, Any], position: int | None) -> bool:
     name = function.__name__
     if (name.endswith("_") and not name.endswith("__")) or name.startswith("__i"):
         return True
-    return position is not None and bool(_argument(rest, kwargs, position, "inplace", False))
+    return position is not None and bool(argument(rest, kwargs, position, "inplace", False))
 
 
 @dataclass(frozen=True)
@@ -107,8 +98,8 @@ class _Hardtanh(_Unary):
     """hardtanh(0, 6) is relu6, a rectifier; from -1 to 1 it squashes."""
 
     def read(self, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> _Reading:
-        low = _argument(rest, kwargs, 0, "min_val", -1.0)
-        high = _argument(rest, kwargs, 1, "max_val", 1.0)
+        low = argument(rest, kwargs, 0, "min_val", -1.0)
+        high = argument(rest, kwargs, 1, "max_val", 1.0)
         return _straight(low, high)
 
 
@@ -131,8 +122,8 @@ class _Clamp(_Unary):
     """clamp(min=0) is one more way to write a ReLU; other bounds make a hardtanh."""
 
     def read(self, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> _Reading:
-        low = _argument(rest, kwargs, 0, "min", None)
-        high = _argument(rest, kwargs, 1, "max", None)
+        low = argument(rest, kwargs, 0, "min", None)
+        high = argument(rest, kwargs, 1, "max", None)
         if isinstance(low, Tensor) or isinstance(high, Tensor):
             return _Reading("hardtanh")
         low, high = -torch.inf if low is None else low, torch.inf if high is None else high
@@ -142,7 +133,7 @@ class _Clamp(_Unary):
 
 class _LeakyRelu(_Unary):
     def read(self, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> _Reading:
-        slope = _argument(rest, kwargs, 0, "negative_slope", 0.01)
+        slope = argument(rest, kwargs, 0, "negative_slope", 0.01)
         if slope <= 0:
             return _Reading(self.kind)
         return _Reading(self.kind, lambda site, grad: aten.leaky_relu_backward(grad, site.output, slope, True))
@@ -155,7 +146,7 @@ class _Relu(_Unary):
 
 class _Softmax(_Unary):
     def read(self, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> _Reading:
-        return _Reading("softmax", options={"dim": _argument(rest, kwargs, 0, "dim", None)})
+        return _Reading("softmax", options={"dim": argument(rest, kwargs, 0, "dim", None)})
 
     def __call__(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operation | None:
         operation = super().__call__(function, args, kwargs)
@@ -210,7 +201,7 @@ class _MaxPool:
 
 def _product(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operation | None:
     first, rest, kwargs = _split(args, kwargs)
-    second = _argument(rest, kwargs, 0, "other", None)
+    second = argument(rest, kwargs, 0, "other", None)
     if not (is_activation(first) and is_activation(second)) or kwargs.get("out") is not None:
         return None
     gates = (_is_gate(first), _is_gate(second))
@@ -294,234 +285,3 @@ def _table() -> dict[Function, Callable[..., Operation | None]]:
 
 
 _TABLE = _table()
-
-# Operations through which a difference passes unchanged in form (linear in their one activation, batch statistics
-# frozen), and those that only move values. Named as torch names them, without the underscores of in-place and operator
-# spellings. What is in neither table is a non-linear operation that no rule knows; the coverage names it.
-_LINEAR = frozenset(
-    [
-        "add",
-        "iadd",
-        "radd",
-        "sub",
-        "isub",
-        "rsub",
-        "subtract",
-        "neg",
-        "negative",
-        "sum",
-        "mean",
-        "nansum",
-        "cumsum",
-        "trace",
-        "conv1d",
-        "conv2d",
-        "conv3d",
-        "conv_transpose1d",
-        "conv_transpose2d",
-        "conv_transpose3d",
-        "linear",
-        "avg_pool1d",
-        "avg_pool2d",
-        "avg_pool3d",
-        "adaptive_avg_pool1d",
-        "adaptive_avg_pool2d",
-        "adaptive_avg_pool3d",
-        "interpolate",
-        "upsample",
-        "upsample_nearest",
-        "upsample_bilinear",
-        "pixel_shuffle",
-        "pixel_unshuffle",
-        "channel_shuffle",
-        "pad",
-        "constant_pad_nd",
-        "zero_pad2d",
-        "fold",
-        "unfold",
-        "cat",
-        "concat",
-        "concatenate",
-        "stack",
-        "hstack",
-        "vstack",
-        "dstack",
-        "column_stack",
-        "split",
-        "chunk",
-        "tensor_split",
-        "split_with_sizes",
-        "unbind",
-        "view",
-        "reshape",
-        "view_as",
-        "reshape_as",
-        "flatten",
-        "unflatten",
-        "ravel",
-        "squeeze",
-        "unsqueeze",
-        "transpose",
-        "permute",
-        "movedim",
-        "moveaxis",
-        "swapaxes",
-        "swapdims",
-        "t",
-        "T",
-        "mT",
-        "H",
-        "contiguous",
-        "expand",
-        "expand_as",
-        "broadcast_to",
-        "repeat",
-        "repeat_interleave",
-        "tile",
-        "flip",
-        "fliplr",
-        "flipud",
-        "roll",
-        "rot90",
-        "narrow",
-        "select",
-        "index_select",
-        "getitem",
-        "setitem",
-        "gather",
-        "take_along_dim",
-        "masked_select",
-        "diagonal",
-        "diag",
-        "tril",
-        "triu",
-        "clone",
-        "to",
-        "float",
-        "double",
-        "half",
-        "bfloat16",
-        "type",
-        "type_as",
-        "cpu",
-        "cuda",
-        "alias",
-        "requires_grad",
-        "copy",
-        "real",
-        "imag",
-        "fill",
-        "zero",
-        "masked_fill",
-        "index_add",
-        "index_copy",
-        "scatter",
-        "scatter_add",
-        "where",
-        "as_strided",
-        "unsafe_chunk",
-        "unsafe_split",
-    ]
-)
-# Linear in one activation if the other arguments are constants: products, quotients, and norms with frozen statistics.
-_LINEAR_IN_ONE = frozenset(
-    [
-        "mul",
-        "imul",
-        "rmul",
-        "multiply",
-        "matmul",
-        "rmatmul",
-        "imatmul",
-        "mm",
-        "bmm",
-        "mv",
-        "dot",
-        "einsum",
-        "tensordot",
-        "addmm",
-        "addcmul",
-        "baddbmm",
-        "outer",
-        "inner",
-        "div",
-        "idiv",
-        "truediv",
-        "itruediv",
-        "divide",
-        "true_divide",
-        "bilinear",
-        "lerp",
-        "kron",
-        "chain_matmul",
-    ]
-)
-# Their results carry no gradient, yet the output depends on them: x * (x > 0) is a ReLU that no engine can see.
-_DECISIONS = frozenset(
-    [
-        "gt",
-        "lt",
-        "ge",
-        "le",
-        "eq",
-        "ne",
-        "greater",
-        "less",
-        "greater_equal",
-        "less_equal",
-        "sign",
-        "sgn",
-        "floor",
-        "ceil",
-        "round",
-        "trunc",
-        "argmax",
-        "argmin",
-        "argsort",
-        "detach",
-        "item",
-        "tolist",
-        "heaviside",
-        "bucketize",
-    ]
-)
-_DROPOUT = frozenset(
-    ["dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout", "feature_dropout"]
-)
-
-
-def name_of(function: Function) -> str:
-    """The name of an operation without the marks of its spelling: `__iadd__` and `add_` are "iadd" and "add"."""
-    name = getattr(function, "__name__", type(function).__name__)
-    if name == "__get__":  # a property such as Tensor.T
-        name = getattr(getattr(function, "__self__", None), "__name__", name)
-    return name.strip("_")
-
-
-def is_linear(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether an operation outside the table is linear (or affine) in the activations that it was called with."""
-    name = name_of(function)
-    if name in _LINEAR:
-        return True
-    activations = [value for value in _flat((*args, *kwargs.values())) if is_activation(value)]
-    if name in _LINEAR_IN_ONE:
-        divisor = _argument(args, kwargs, 1, "other", None)
-        return len(activations) == 1 and not ("div" in name and is_activation(divisor))
-    if name in _DROPOUT:
-        return not _argument(args, kwargs, 2, "training", True)
-    if name == "batch_norm":
-        return len(activations) == 1 and not _argument(args, kwargs, 5, "training", False)
-    return False
-
-
-def is_decision(function: Function) -> bool:
-    """Whether an operation cuts the gradient although the output may depend on its result."""
-    return name_of(function) in _DECISIONS
-
-
-def _flat(values: Any) -> Any:
-    for value in values:
-        if isinstance(value, tuple | list):
-            yield from _flat(value)
-        else:
-            yield value

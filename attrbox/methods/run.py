@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from attrbox.engine.recorder import Reference, forward
 from attrbox.engine.site import Rule
-from attrbox.engine.tape import Reference, Tape, forward, record
+from attrbox.engine.tape import Tape, record
 from attrbox.errors import InputError, ModelError
 from attrbox.memory import backing_off
 from attrbox.methods.base import identity

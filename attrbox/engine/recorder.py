@@ -1,0 +1,345 @@
+"""The recorder: watches a forward pass and turns operations into sites.
+
+It runs the model under a `TorchFunctionMode`, which sees every torch function that the model calls, however it is
+spelt. Each call that a rule may touch becomes a *site*: an `autograd.Function` that computes what the caller asked for
+and whose backward asks the rule that is being replayed. Nothing is hooked onto or changed in the model, and a module
+that runs five times is five sites. This is the only file with function modes and autograd functions.
+
+In-place operations stay in place; where a rule reads the input, a copy of it is kept. If the model later writes over
+an activation that a rule needs (which autograd's own formula would have allowed), `stale` names the site, and the pass
+is recorded again with that activation copied.
+"""
+
+import contextlib
+import threading
+from collections import Counter
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
+
+from attrbox.engine.linearity import is_activation, is_decision, is_linear, name_of
+from attrbox.engine.operations import Operation, interpret
+from attrbox.engine.site import Rule, Site
+from attrbox.errors import (
+    ForwardError,
+    ModelError,
+    OptionError,
+    RuleError,
+    UnsupportedModelError,
+    near_miss,
+)
+from attrbox.memory import is_out_of_memory
+from attrbox.shapes import Operated
+from attrbox.targets import unwrap
+
+_CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d"})
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a reference forward pass left at each site, and the model's scores."""
+
+    inputs: tuple[tuple[Tensor, ...] | None, ...]
+    output: Tensor
+
+
+class Replaying:
+    """What the sites of one tape ask in a backward pass: the rule and the reference of the moment."""
+
+    def __init__(self) -> None:
+        self.rule: Rule | None = None
+        self.reference: Reference | None = None
+
+    def gradients(self, site: Site, inputs: Any, output: Tensor | None, shapes: list[Any], grad: Tensor) -> Any:
+        """The gradients that a site passes on, one per input, of the inputs' shapes."""
+        rule = self.rule if self.rule is not None and site.kind in self.rule.kinds else None
+        reference = self.reference.inputs[site.index] if self.reference else None
+        site = site.with_tensors(inputs, output, reference, type(rule).__name__ if rule else "")
+        found = site.true_gradient(grad) if rule is None else rule.propagate(site, grad)
+        gradients = found if isinstance(found, tuple) else (found,)
+        if len(gradients) != len(shapes) or not all(isinstance(gradient, Tensor) for gradient in gradients):
+            raise RuleError(
+                f"The rule {site.rule!r} must return {len(shapes)} gradient tensor(s) at {site.where}, got "
+                f"{', '.join(type(gradient).__name__ for gradient in gradients)}."
+            )
+        if len(shapes) == 1 and gradients[0].shape != shapes[0]:
+            raise RuleError(
+                f"The rule {site.rule!r} must return a gradient of the input's shape {list(shapes[0])} at "
+                f"{site.where}, got {list(gradients[0].shape)}."
+            )
+        # A product may have broadcast a factor: its gradient is summed over the copies.
+        return tuple(gradient.sum_to_size(shape) for gradient, shape in zip(gradients, shapes, strict=True))
+
+
+class _SiteFunction(torch.autograd.Function):
+    """Computes an operation as the model asked for it; its backward asks the rule of the moment."""
+
+    @staticmethod
+    def forward(ctx: Any, replaying: Replaying, site: Site, operation: Operation, needs: Any, *tensors: Tensor) -> Any:
+        count = len(operation.inputs)
+        inputs, copies = tensors[:count], tensors[count:]
+        result = operation.run(*inputs)
+        output = result[0] if isinstance(result, tuple) else result
+        if operation.in_place:
+            ctx.mark_dirty(inputs[0])
+        if isinstance(result, tuple):
+            ctx.mark_non_differentiable(*result[1:])
+        ctx.replaying, ctx.site = replaying, site
+        ctx.shapes = [i.shape for i in inputs]
+        ctx.unused = len(copies)
+        ctx.kept = count if "input" in needs else 0
+        ctx.save_for_backward(*((copies or inputs) if ctx.kept else ()), *((output,) if "output" in needs else ()))
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor, *indices: Any) -> Any:
+        del indices
+        saved = ctx.saved_tensors
+        inputs = saved[: ctx.kept] if ctx.kept else None
+        output = saved[ctx.kept] if len(saved) > ctx.kept else None
+        gradients = ctx.replaying.gradients(ctx.site, inputs, output, ctx.shapes, grad_output)
+        return (None, None, None, None, *gradients, *(None,) * ctx.unused)
+
+
+class Recorder(TorchFunctionMode):
+    """Watches one forward pass: makes sites, notes what is not understood, keeps wanted feature maps."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        needs: dict[str, frozenset[str]],
+        layers: Collection[str | None],
+        copies: frozenset[int],
+        reference: bool = False,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.layers = layers
+        self.sites: list[Site] = []
+        self.passed: list[Operated] = []
+        self.unknown: list[Operated] = []
+        self.needs = needs
+        self.feature_maps: dict[str | None, Tensor] = {}
+        self.replaying = Replaying()
+        self.kept: list[tuple[Tensor, ...] | None] = []  # inputs at the sites, in a reference recording
+        self._copies = copies
+        self._reference = reference
+        self._versions: list[tuple[int, Tensor, int]] = []  # what must not be written over: site, tensor, version
+        self._modules: list[tuple[str, int]] = [("", 0)]
+        self._names = {id(module): name for name, module in model.named_modules()}
+        self._calls: Counter[str] = Counter()
+        self._thread = threading.get_ident()
+
+    def stale(self) -> frozenset[int]:
+        """Sites of which a kept activation has been written over since."""
+        stale = frozenset(index for index, tensor, version in self._versions if tensor._version != version)
+        self._versions.clear()
+        if stale & self._copies:  # cannot happen: copies are out of the model's reach
+            raise ModelError(
+                f"The model writes over the activations at {[self.sites[i].where for i in sorted(stale)]}."
+            )
+        return stale
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        operation = interpret(function, args, kwargs)
+        if operation is not None and operation.kind in self.needs:
+            result = self._keep(operation) if self._reference else self._make_site(operation)
+        else:
+            result = function(*args, **kwargs)
+            if not self._reference:
+                self._note(operation, function, args, kwargs, result)
+        if None in self.layers:
+            self._follow(function, result)
+        return result
+
+    def _site(self, operation: Operation) -> Site:
+        module, call = self._modules[-1]
+        site = Site(len(self.sites), operation.kind, module, call, operation.pure, operation.pull, operation.options)
+        self.sites.append(site)
+        return site
+
+    def _make_site(self, operation: Operation) -> Any:
+        if _is_checkpointing():
+            raise checkpointed()
+        site = self._site(operation)
+        needs = set(self.needs[operation.kind])
+        if "input" not in needs:  # from the input everything else can be computed again
+            needs.add(operation.pulls_from if operation.pull else "input")
+        copying = site.index in self._copies
+        inputs = operation.inputs
+        if copying:  # the model writes over the input or the output later: keep both out of its reach
+            inputs = tuple(i.clone() for i in inputs)
+        copies = tuple(i.clone() for i in inputs) if operation.in_place and "input" in needs else ()
+        result = _SiteFunction.apply(self.replaying, site, operation, needs, *inputs, *copies)
+        output = result[0] if isinstance(result, tuple) else result
+        if copying:
+            output = operation.inputs[0].copy_(output) if operation.in_place else output.clone()
+            return (output, *result[1:]) if isinstance(result, tuple) else output
+        if "output" in needs:
+            self._watch(site, output)
+        if "input" in needs and not copies:
+            self._watch(site, *inputs)
+        return result
+
+    def _keep(self, operation: Operation) -> Any:
+        """Run an operation of a reference pass and keep its inputs, if a rule compares with them."""
+        site = self._site(operation)
+        if "reference" not in self.needs[operation.kind]:
+            self.kept.append(None)
+        else:
+            inputs = operation.inputs
+            if operation.in_place or site.index in self._copies:
+                inputs = tuple(i.clone() for i in inputs)
+            else:
+                self._watch(site, *inputs)
+            self.kept.append(tuple(i.detach() for i in inputs))
+        return operation.run(*operation.inputs)
+
+    def _watch(self, site: Site, *tensors: Tensor) -> None:
+        self._versions.extend((site.index, tensor, tensor._version) for tensor in tensors)
+
+    def _note(self, operation: Operation | None, function: Any, args: Any, kwargs: Any, result: Any) -> None:
+        """Remember an operation that no rule touches, if it is not linear."""
+        if operation is not None:
+            self.passed.append(Operated(operation.kind, *self._modules[-1]))
+            return
+        first = result[0] if isinstance(result, tuple | list) and result else result
+        if is_activation(first):
+            if is_linear(function, args, kwargs):
+                return
+        elif not (isinstance(first, Tensor) and is_decision(function) and args and is_activation(args[0])):
+            return
+        self.unknown.append(Operated(name_of(function), *self._modules[-1]))
+
+    def _follow(self, function: Any, result: Any) -> None:
+        """Keep the last feature map: the last convolution's output, through all that leaves its grid as it is."""
+        if not (is_activation(result) and result.dim() >= 3):
+            return
+        name, last = name_of(function), self.feature_maps.get(None)
+        grid = result.shape[2:]
+        if name in _CONVOLUTIONS:
+            if max(grid) > 1:
+                self.feature_maps[None] = result
+        elif last is not None and "pool" not in name and grid == last.shape[2:]:
+            self.feature_maps[None] = result
+
+    def finish(self, output: Any) -> None:
+        """After the forward pass: what went past the function mode, and layers that did not run.
+
+        Raises:
+            OptionError: a wanted layer does not exist, did not run, or has no feature map.
+        """
+        for layer in self.layers:
+            if layer in self.feature_maps:
+                continue
+            if layer is None:
+                raise OptionError(
+                    "The model has no spatial feature map: no convolution with an output larger than one pixel ran. "
+                    "Grad-CAM needs one; name it by layer=..., or use another method."
+                )
+            near = [name for name in self._names.values() if name]
+            if layer not in near:
+                raise OptionError(f"The model has no layer {layer!r}. {near_miss(layer, near)}")
+            raise OptionError(f"The layer {layer!r} did not run, or its output depends not on the images.")
+        self.unknown.extend(_custom_functions(unwrap(output)))
+
+    # ------------------------------------------------------------------------------------------- module names
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Intercept operations and follow which module is running; global hooks, gone again on exit."""
+        enter = register_module_forward_pre_hook(self._enter_module)
+        leave = register_module_forward_hook(self._leave_module, always_call=True)
+        try:
+            with self:
+                yield
+        finally:
+            enter.remove()
+            leave.remove()
+
+    def _name(self, module: nn.Module) -> str | None:
+        return self._names.get(id(module)) if threading.get_ident() == self._thread else None
+
+    def _enter_module(self, module: nn.Module, args: Any) -> None:
+        del args
+        name = self._name(module)
+        if name is not None:
+            self._modules.append((name, self._calls[name]))
+            self._calls[name] += 1
+
+    def _leave_module(self, module: nn.Module, args: Any, output: Any) -> Any:
+        del args
+        name = self._name(module)
+        if name is None:
+            return None
+        self._modules.pop()
+        if name and name in self.layers:
+            if not isinstance(output, Tensor) or output.dim() < 3:
+                what = (
+                    f"a tensor of shape {list(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+                )
+                raise OptionError(f"The layer {name!r} must return a feature map [N, C, ...], but returns {what}.")
+            if is_activation(output):
+                self.feature_maps[name] = output
+                # The model goes on with a copy: an in-place ReLU behind a convolution must not change the map.
+                return output.clone()
+        return None
+
+    @property
+    def running(self) -> str:
+        """The module that is running, or that raised."""
+        return self._modules[-1][0]
+
+
+def forward(model: nn.Module, images: Tensor, recorder: Recorder | None = None) -> Any:
+    """Call the model; whatever it raises becomes a `ForwardError` (out of memory stays what it is)."""
+    watching = recorder.watching() if recorder else contextlib.nullcontext()
+    try:
+        with watching:
+            return model(images)
+    except (ModelError, OptionError):
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise ForwardError(
+            f"The model raised {type(error).__name__} on images of shape {list(images.shape)}, {images.dtype}, on "
+            f"{images.device}: {error}. Check that model(images) runs on its own (size, channels, dtype, device)."
+        ) from error
+
+
+def _is_checkpointing() -> bool:
+    """Whether autograd forgets what is saved now, and will run the model's code again when it needs it."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
+
+
+def checkpointed() -> UnsupportedModelError:
+    """The refusal of models with activation checkpointing."""
+    return UnsupportedModelError(
+        "The model uses activation checkpointing, which runs parts of it again in the backward pass, where no rule "
+        "sees them. Switch it off for explaining."
+    )
+
+
+def _custom_functions(output: Tensor) -> list[Operated]:
+    """Autograd functions of the model's own (checkpoints too): their insides are out of a function mode's sight."""
+    found: list[Operated] = []
+    seen: set[Any] = set()
+    todo: list[Any] = [output.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        todo.extend(following for following, _ in node.next_functions)
+        name = type(node).__name__
+        if isinstance(node, torch.autograd.function.BackwardCFunction) and name != "_SiteFunctionBackward":
+            found.append(Operated(name.removesuffix("Backward"), "", 0))
+    return found
