@@ -5,7 +5,7 @@ methods, those that replay it come first, and then it is forgotten before the pa
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -303,6 +303,7 @@ class _Chunk:
     expected: dict[str, Tensor | None] = field(default_factory=dict)
     coverage: dict[str, Coverage] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    details: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def _explain_chunk(run: Run, chosen: _Chosen, order: list[str], bar: Any) -> _Chunk:
@@ -325,6 +326,7 @@ def _explain_chunk(run: Run, chosen: _Chosen, order: list[str], bar: Any) -> _Ch
                 f"got {list(values.shape)}."
             )
         chunk.values[label] = values.detach()
+        chunk.details[label] = run.told()
         chunk.expected[label] = method.expected(run)
         chunk.coverage[label] = method.coverage(run)
         chunk.seconds[label] = clock.lap()
@@ -364,6 +366,10 @@ def _collect(
             coverage=chunks[0].coverage[label],
             gap=gap,
             relative_gap=relative,
+            details={
+                name: _joined_detail([chunk.details[label][name] for chunk in chunks], joined)
+                for name in chunks[0].details[label]
+            },
             reduction=spec.reduction,
             units=spec.units,
         )
@@ -373,6 +379,14 @@ def _collect(
     labels = ("forward pass", *chosen)
     seconds = {label: sum(chunk.seconds[label] for chunk in chunks) for label in labels}
     return Comparison(attributions, images, predictions, seconds, seed)
+
+
+def _joined_detail(parts: list[Any], joined: Callable[[list[Tensor]], Tensor]) -> Any:
+    """One detail of a method, over all chunks."""
+    if isinstance(parts[0], Tensor):
+        return joined(parts)
+    join = getattr(type(parts[0]), "joined", None)
+    return parts if join is None else join(parts)
 
 
 class _Clock:

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1] / "attrbox"
 LAYERS = [
     ["attrbox.errors"],
     ["attrbox.files", "attrbox.registry", "attrbox.shapes"],
-    ["attrbox.guard", "attrbox.memory", "attrbox.targets"],
+    ["attrbox.guard", "attrbox.memory", "attrbox.targets", "attrbox.perturbations"],
     ["attrbox.engine.site"],
     ["attrbox.engine.linearity"],
     ["attrbox.engine.operations"],

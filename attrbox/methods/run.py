@@ -89,6 +89,20 @@ class Run:
         self._taped = bool(rules or layers)
         self._keep = keep
         self._cache: dict[tuple[object, ...], object] = {}
+        self._details: dict[str, Any] = {}
+
+    def tell(self, **details: Any) -> None:
+        """What a method has to tell besides its maps; it becomes the `details` of the `Attribution`.
+
+        Tensors are [n, K, ...] and are joined over the chunks; so are objects with a class method `joined(parts)`.
+        Of anything else there is a list, one entry per chunk.
+        """
+        self._details.update(details)
+
+    def told(self) -> dict[str, Any]:
+        """What has been told since the last call."""
+        details, self._details = self._details, {}
+        return details
 
     # ------------------------------------------------------------------------------------ one recorded forward pass
 
