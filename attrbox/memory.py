@@ -16,7 +16,7 @@ from attrbox.errors import OutOfMemoryError
 T = TypeVar("T")
 
 # Beyond this many images a CPU gets slower per image (its caches overflow) and a GPU hardly faster.
-MOST_PER_PASS = {"cpu": 16, "cuda": 128}
+MOST_PER_PASS = {"cpu": 10, "cuda": 128}
 # Share of the free memory that activations may take: the rest is for work space, gradients and other processes.
 USABLE = 0.4
 

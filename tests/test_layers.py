@@ -15,6 +15,7 @@ LAYERS = [
     ["attrbox.guard", "attrbox.memory", "attrbox.targets", "attrbox.perturbations"],
     ["attrbox.engine.site"],
     ["attrbox.engine.linearity"],
+    ["attrbox.engine.folding"],
     ["attrbox.engine.operations"],
     ["attrbox.engine.recorder"],
     ["attrbox.engine.tape"],

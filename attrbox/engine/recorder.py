@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
+from attrbox.engine.folding import Unfolded
 from attrbox.engine.linearity import is_activation, is_decision, is_linear, name_of
 from attrbox.engine.operations import Operation, interpret
 from attrbox.engine.site import Rule, Site
@@ -303,7 +304,7 @@ def forward(model: nn.Module, images: Tensor, recorder: Recorder | None = None) 
     try:
         with watching:
             return model(images)
-    except (ModelError, OptionError):
+    except (ModelError, OptionError, Unfolded):
         raise
     except Exception as error:
         if is_out_of_memory(error):

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from attrbox.engine.folding import Folding, Unfolded
 from attrbox.engine.recorder import Reference, forward
 from attrbox.engine.site import Rule
 from attrbox.engine.tape import Tape, record
@@ -333,10 +334,8 @@ class Run:
         parts = []
         for rows in (slice(i, i + per_pass) for i in range(0, len(images), per_pass)):
             part = images[rows]
-            if self.settings.channels_last and part.dim() == 4:
-                part = part.contiguous(memory_format=torch.channels_last)
+            tape = self.plain(part)
             with self.autocast():
-                tape = record(self.model, part)
                 output = self._check(unwrap(tape.output), len(part))
                 scores = self.settings.target.score(output, None if indices is None else indices[rows])
                 count = scores.shape[1]
@@ -344,6 +343,21 @@ class Run:
             parts.append(torch.stack(gradients, 1))
             self.settings.progress(len(part))
         return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def plain(self, images: Tensor) -> Tape:
+        """A forward pass of any images for their plain gradient, in the fastest way: nothing is recorded, memory
+        format channels_last, batch-norm folded into convolutions."""
+        if self.settings.channels_last and images.dim() == 4:
+            images = images.contiguous(memory_format=torch.channels_last)
+        folding = self._once(("folding",), lambda: Folding.of(self.model, images[:1]))
+        with self.autocast():
+            if folding is not None:
+                try:
+                    with folding.running():
+                        return record(self.model, images)
+                except Unfolded:  # these images take another way through the model; the next ones may do so too
+                    self._cache["folding",] = None
+            return record(self.model, images)
 
     # ------------------------------------------------------------------------------------------------------- helpers
 

@@ -1,0 +1,154 @@
+"""Folding of batch-norm into convolutions, operation by operation, for passes that nobody watches.
+
+In evaluation mode a batch-norm behind a convolution is a fixed scale and shift of its channels:
+
+    bn(conv(x; w, b)) = conv(x; w s, (b - mean) s + shift),     s = weight / sqrt(variance + eps)
+
+`Folding.of` watches one forward pass and finds the convolutions whose output goes into a batch-norm and nowhere else;
+`running()` then runs the model with both in one step, which spares two passes over memory forwards and two backwards.
+The model itself is not touched, and is not retraced: should it take another way with other images, so that a folded
+output is used elsewhere, `Unfolded` is raised and the caller runs the pass natively.
+"""
+
+import contextlib
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from attrbox.engine.linearity import argument
+
+_CONVOLUTIONS = frozenset({torch.conv1d, torch.conv2d, torch.conv3d})
+
+
+class Unfolded(Exception):  # noqa: N818 - a signal between two parts of the engine, not an error
+    """The model used the output of a folded convolution in another way than before."""
+
+
+def batch_norm_scale(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
+    """Scale and shift, [C], of a call of `batch_norm(x, mean, variance, ...)`; None with batch statistics."""
+    rest = args[1:]
+    mean = argument(rest, kwargs, 0, "running_mean", None)
+    variance = argument(rest, kwargs, 1, "running_var", None)
+    if argument(rest, kwargs, 4, "training", False) or mean is None or variance is None:
+        return None
+    weight, bias = argument(rest, kwargs, 2, "weight", None), argument(rest, kwargs, 3, "bias", None)
+    scale = torch.rsqrt(variance + argument(rest, kwargs, 6, "eps", 1e-5))
+    scale = scale if weight is None else scale * weight
+    shift = -mean * scale
+    return scale, shift if bias is None else shift + bias
+
+
+@dataclass(frozen=True)
+class Folding:
+    """Folded weights by the identity of the convolution's own: (own weight, folded weight, folded bias)."""
+
+    weights: dict[int, tuple[Tensor, Tensor, Tensor]]
+
+    @classmethod
+    def of(cls, model: nn.Module, images: Tensor) -> "Folding | None":
+        """What can be folded in `model` as it runs on `images`; None if nothing can."""
+        modules = list(model.modules())
+        if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in modules):
+            return None
+        if any(module._forward_hooks or module._forward_pre_hooks for module in modules):
+            return None  # a hook may look at a convolution's output
+        watching = _Watching()
+        with torch.no_grad(), watching:
+            model(images.clone())
+        weights = {}
+        for key, (weight, bias, scale, shift) in watching.pairs.items():
+            if key not in watching.spoilt:
+                folded = weight * scale.view(-1, *(1,) * (weight.dim() - 1))
+                if weight.dim() == 4 and images.is_contiguous(memory_format=torch.channels_last):
+                    folded = folded.contiguous(memory_format=torch.channels_last)  # else each pass converts them
+                weights[key] = (weight, folded, shift if bias is None else shift + bias * scale)
+        return cls(weights) if weights else None
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Within, a forward pass of the model runs folded.
+
+        Raises:
+            Unfolded: the output of a folded convolution was used elsewhere than in its batch-norm.
+        """
+        mode = _Running(self.weights)
+        with mode:
+            yield
+        if mode.due:
+            raise Unfolded
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, tuple | list):
+            yield from _tensors(value)
+
+
+class _Watching(TorchFunctionMode):
+    """Finds pairs of a convolution and the batch-norm that alone uses its output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pairs: dict[int, tuple[Tensor, Tensor | None, Tensor, Tensor]] = {}
+        self.spoilt: set[int] = set()
+        self._outputs: dict[int, tuple[Tensor, Tensor, Tensor | None]] = {}  # by identity; kept alive, so unique
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = function(*args, **kwargs)
+        used = [t for t in _tensors((*args, *kwargs.values())) if id(t) in self._outputs]
+        if function is F.batch_norm and used:
+            _, weight, bias = self._outputs[id(used[0])]
+            affine = batch_norm_scale(args, kwargs)
+            key = id(weight)
+            if affine is None or key in self.pairs:  # batch statistics, or a second batch-norm or call
+                self.spoilt.add(key)
+            else:
+                self.pairs[key] = (weight, bias, *affine)
+        elif used and any(True for _ in _tensors((result,))):
+            self.spoilt.update(id(self._outputs[id(t)][1]) for t in used)
+        if function in _CONVOLUTIONS:
+            weight = argument(args, kwargs, 1, "weight", None)
+            self._outputs[id(result)] = (result, weight, argument(args, kwargs, 2, "bias", None))
+        return result
+
+
+class _Running(TorchFunctionMode):
+    """Runs folded convolutions, and lets their batch-norms pass.
+
+    The model gets a stand-in for a folded output, so that any use of it but the batch-norm can be told, before it and
+    after it. It is not kept alive.
+    """
+
+    def __init__(self, weights: dict[int, tuple[Tensor, Tensor, Tensor]]) -> None:
+        super().__init__()
+        self.due: dict[int, Tensor] = {}  # folded outputs that wait for their batch-norm, by their stand-in's identity
+        self._weights = weights
+        self._stand_ins: dict[int, weakref.ref[Tensor]] = {}
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        used = [t for t in _tensors((*args, *kwargs.values())) if id(t) in self._stand_ins]
+        used = [t for t in used if self._stand_ins[id(t)]() is t]
+        if used and function is F.batch_norm and id(used[0]) in self.due:
+            return self.due.pop(id(used[0]))
+        folded = self._weights.get(id(argument(args, kwargs, 1, "weight", None))) if function in _CONVOLUTIONS else None
+        if folded is not None:
+            kwargs = {key: value for key, value in kwargs.items() if key not in ("weight", "bias")}
+            result = function(*args[:1], *folded[1:], *args[3:], **kwargs)
+            stand_in = result.detach()
+            self.due[id(stand_in)], self._stand_ins[id(stand_in)] = result, weakref.ref(stand_in)
+            result = stand_in
+        else:
+            result = function(*args, **kwargs)
+        if used and any(True for _ in _tensors((result,))):
+            raise Unfolded
+        return result
