@@ -16,6 +16,7 @@ LAYERS = [
     ["attrbox.engine.site"],
     ["attrbox.engine.linearity"],
     ["attrbox.engine.folding"],
+    ["attrbox.engine.linear"],
     ["attrbox.engine.operations"],
     ["attrbox.engine.recorder"],
     ["attrbox.engine.tape"],

@@ -23,6 +23,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.overrides import TorchFunctionMode
 
 from attrbox.engine.folding import Unfolded
+from attrbox.engine.linear import LinearCalls
 from attrbox.engine.linearity import is_activation, is_decision, is_linear, name_of
 from attrbox.engine.operations import Operation, interpret
 from attrbox.engine.site import Rule, Site
@@ -39,6 +40,7 @@ from attrbox.shapes import Operated
 from attrbox.targets import unwrap
 
 _CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d"})
+_OWN_FUNCTIONS = frozenset({"_SiteFunctionBackward", "LinearMapFunctionBackward"})
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,7 @@ class Recorder(TorchFunctionMode):
         layers: Collection[str | None],
         copies: frozenset[int],
         reference: bool = False,
+        twice: bool = False,
     ) -> None:
         super().__init__()
         self.model = model
@@ -128,6 +131,8 @@ class Recorder(TorchFunctionMode):
         self.feature_maps: dict[str | None, Tensor] = {}
         self.replaying = Replaying()
         self.kept: list[tuple[Tensor, ...] | None] = []  # inputs at the sites, in a reference recording
+        self.convolutions: list[int] = []  # how many sites there were before each convolution
+        self._linear = LinearCalls() if twice else None
         self._copies = copies
         self._reference = reference
         self._versions: list[tuple[int, Tensor, int]] = []  # what must not be written over: site, tensor, version
@@ -152,9 +157,13 @@ class Recorder(TorchFunctionMode):
         if operation is not None and operation.kind in self.needs:
             result = self._keep(operation) if self._reference else self._make_site(operation)
         else:
-            result = function(*args, **kwargs)
+            result = self._linear.run(function, args, kwargs) if self._linear else None
+            if result is None:
+                result = function(*args, **kwargs)
             if not self._reference:
                 self._note(operation, function, args, kwargs, result)
+        if is_activation(result) and name_of(function) in _CONVOLUTIONS:
+            self.convolutions.append(len(self.sites))
         if None in self.layers:
             self._follow(function, result)
         return result
@@ -341,6 +350,6 @@ def _custom_functions(output: Tensor) -> list[Operated]:
         seen.add(node)
         todo.extend(following for following, _ in node.next_functions)
         name = type(node).__name__
-        if isinstance(node, torch.autograd.function.BackwardCFunction) and name != "_SiteFunctionBackward":
+        if isinstance(node, torch.autograd.function.BackwardCFunction) and name not in _OWN_FUNCTIONS:
             found.append(Operated(name.removesuffix("Backward"), "", 0))
     return found

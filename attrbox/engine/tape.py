@@ -27,6 +27,7 @@ class Tape:
         sites: the recorded sites in order of execution (without activations).
         passed: operations of the table that no rule of the recording covers: native, with their true derivative.
         unknown: non-linear operations that are not in the table, native too.
+        convolutions: how many sites were recorded before each convolution, in order of execution.
         feature_maps: layer name (or None: the last spatial feature map) -> its output, [n, C, ...].
     """
 
@@ -37,6 +38,7 @@ class Tape:
         self.sites: tuple[Site, ...] = tuple(recorder.sites) if recorder else ()
         self.passed: tuple[Operated, ...] = tuple(recorder.passed) if recorder else ()
         self.unknown: tuple[Operated, ...] = tuple(recorder.unknown) if recorder else ()
+        self.convolutions: tuple[int, ...] = tuple(recorder.convolutions) if recorder else ()
         self.feature_maps: dict[str | None, Tensor] = recorder.feature_maps if recorder else {}
         self._needs = recorder.needs if recorder else {}
         self._replaying = recorder.replaying if recorder else Replaying()
@@ -126,6 +128,7 @@ def record(
     images: Tensor,
     rules: Collection[Rule | None] = (),
     layers: Collection[str | None] = (),
+    twice: bool = False,
 ) -> Tape:
     """Run `model` on `images` once, so that it can be replayed under each of `rules`.
 
@@ -137,6 +140,8 @@ def record(
         images: [n, ...], floating point.
         rules: the rules that will be replayed; they decide what is kept in memory. The true gradient (None) always can.
         layers: modules whose output is wanted in `feature_maps`; None means the last spatial feature map.
+        twice: replays will be differentiated once more (`create_graph`), for the parameters of a rule: convolutions
+            and linear layers are recorded so that this is cheap.
 
     Raises:
         ForwardError: the model raised.
@@ -151,7 +156,7 @@ def record(
     needs = _needs(asking)
     copies: frozenset[int] = frozenset()
     while True:
-        recorder = Recorder(model, needs, layers, copies)
+        recorder = Recorder(model, needs, layers, copies, twice=twice)
         output = forward(model, leaf.clone(), recorder)
         if not (stale := recorder.stale()):
             break
