@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from attrbox import errors
 from attrbox.compare import Comparison, compare, explain, list_methods
 from attrbox.engine.site import Rule, Site
-from attrbox.methods import cam, gradient, noise, path, propagation, random  # registers the methods
+from attrbox.methods import cam, gradient, learned, noise, path, propagation, random  # registers the methods
 from attrbox.methods.base import Method, methods, option, register_method
 from attrbox.methods.propagation import register_rule, rules
 from attrbox.methods.run import Run
@@ -21,7 +21,7 @@ try:
 except PackageNotFoundError:  # run from a source tree that is not installed
     __version__ = "0"
 
-del cam, gradient, noise, path, propagation, random, version, PackageNotFoundError
+del cam, gradient, learned, noise, path, propagation, random, version, PackageNotFoundError
 
 __all__ = [
     "Attribution",

@@ -224,6 +224,7 @@ def _run(model: nn.Module, images: Tensor, chosen: _Chosen, call: _Call) -> Comp
             images,
             lambda few: Run(model, few, settings, slice(0, 1), 1).bare_forward(),
             wanted=count * max(1, *(method.passes for method in used)),
+            held=max(method.memory for method in used),
         )
         start = 0
         while start < count:

@@ -78,6 +78,10 @@ class PluginWarning(UserWarning):
     """A third-party plug-in could not be loaded; the rest works."""
 
 
+class OptimisationWarning(UserWarning):
+    """A map that is found by optimisation was stopped early, because its loss was not finite."""
+
+
 class TrainingModeWarning(UserWarning):
     """The model was in training mode and is explained in evaluation mode."""
 

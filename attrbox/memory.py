@@ -65,19 +65,20 @@ class SavedBytes:
         return tensor
 
 
-def images_per_pass(images: Tensor, forward: Callable[[Tensor], object], wanted: int) -> int:
+def images_per_pass(images: Tensor, forward: Callable[[Tensor], object], wanted: int, held: float = 1.0) -> int:
     """How many images one forward and backward pass should take, at most `wanted`.
 
-    Up to eight images are simply run. For more, one image is forwarded to see what it leaves in memory.
+    Up to eight images are simply run. For more, one image is forwarded to see what it leaves in memory; a method may
+    hold `held` times as much.
     """
     device = images.device
     limit = min(wanted, MOST_PER_PASS.get(device.type, 32))
-    if limit <= 8 or images.is_meta:
+    if (limit <= 8 and held <= 1) or limit == 1 or images.is_meta:
         return max(limit, 1)
     with SavedBytes() as saved:
         forward(images[:1].clone().requires_grad_())
-    per_image = max(saved.total, images[:1].numel() * images.element_size())
-    return max(1, min(limit, int(free_bytes(device) * USABLE) // per_image))
+    per_image = held * max(saved.total, images[:1].numel() * images.element_size())
+    return max(1, min(limit, int(free_bytes(device) * USABLE / per_image)))
 
 
 def backing_off(size: int, work: Callable[[int], T]) -> tuple[T, int]:

@@ -8,6 +8,7 @@ importing attrbox stays cheap.
 import importlib.metadata
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 from attrbox.errors import DuplicateNameError, PluginWarning, UnknownNameError, near_miss
@@ -24,6 +25,16 @@ class Named(Protocol):
 
 
 T = TypeVar("T", bound=Named)
+C = TypeVar("C")
+
+
+@dataclass(frozen=True)
+class Part(Generic[C]):
+    """A record of a class whose instances are parts of a method; `make(**options)` builds one."""
+
+    name: str
+    make: type[C]
+    aliases: tuple[str, ...] = ()
 
 
 class Registry(Mapping[str, T], Generic[T]):

@@ -21,6 +21,7 @@ LAYERS = [
     ["attrbox.engine.recorder"],
     ["attrbox.engine.tape"],
     ["attrbox.rules"],
+    ["attrbox.masks"],
     ["attrbox.methods.base"],
     ["attrbox.methods.run"],
     ["attrbox.methods"],

@@ -172,7 +172,7 @@ def test_chunks_follow_the_memory(monkeypatch):
     monkeypatch.setattr("attrbox.memory.free_bytes", lambda device: 10 * saved.total)
     assert images_per_pass(x, lambda few: model(few), 64) == 4  # 40 % of room for ten
     monkeypatch.setattr("attrbox.memory.free_bytes", lambda device: 10**12)
-    assert images_per_pass(x, lambda few: model(few), 64) == 16
+    assert images_per_pass(x, lambda few: model(few), 64) == 10
     assert images_per_pass(x, lambda few: model(few), 5) == 5
     monkeypatch.setattr("attrbox.memory.free_bytes", lambda device: 0)
     assert images_per_pass(x, lambda few: model(few), 64) == 1

@@ -60,6 +60,11 @@ class Method(ABC):
         """Forward and backward passes per image, for the progress bar and the size of chunks."""
         return 1
 
+    @property
+    def memory(self) -> float:
+        """What `attribute` holds per image, in units of what one forward pass leaves for its backward pass."""
+        return 1.0
+
     def expected(self, run: "Run") -> Tensor | None:
         """What the values of each map should sum to, [n, K], if the method promises a sum."""
         del run

@@ -157,6 +157,14 @@ class Run:
 
         return self._once(("scored",), compute)
 
+    def output(self, tape: Tape, count: int | None = None) -> Tensor:
+        """The scores of a recorded pass over `count` images, [count, ...]; all of the chunk by default.
+
+        Raises:
+            ModelError: the model returned something else.
+        """
+        return self._check(unwrap(tape.output), len(self.images) if count is None else count)
+
     def _output(self) -> Tensor:
         return self._once(("output",), lambda: self._check(unwrap(self.tape.output), len(self.images)))
 
@@ -290,21 +298,25 @@ class Run:
 
     def normal(self, draw: int) -> Tensor:
         """Standard normal numbers of the images' shape; draw `draw` of each image's own stream, [1 or n, C, H, W]."""
-        return self._noise(slice(draw, draw + 1))[0]
+        return self.numbers(draw, self.images.shape[1:])
 
-    def _noise(self, draws: slice) -> Tensor:
+    def numbers(self, draw: int, shape: Sequence[int], uniform: bool = False) -> Tensor:
+        """Standard normal numbers, or uniform ones in [0, 1): draw `draw` of each image's stream, [1 or n, *shape]."""
         seeds = self.settings.seeds
         seeds = seeds if len(seeds) == 1 else seeds[self.rows]
-        like = self.images[:1]
+        like = self.images
         if like.is_meta:
-            return like.new_empty((draws.stop - draws.start, len(seeds), *like.shape[1:]))
+            return like.new_empty((len(seeds), *shape))
         generator = torch.Generator(like.device)
         numbers = []
-        for draw in range(draws.start, draws.stop):
-            for seed in seeds:
-                generator.manual_seed(_mixed(seed, draw))
-                numbers.append(torch.randn(like.shape[1:], generator=generator, device=like.device, dtype=like.dtype))
-        return torch.stack(numbers).view(draws.stop - draws.start, len(seeds), *like.shape[1:])
+        for seed in seeds:
+            generator.manual_seed(_mixed(seed, draw))
+            function = torch.rand if uniform else torch.randn
+            numbers.append(function(*shape, generator=generator, device=like.device, dtype=like.dtype))
+        return torch.stack(numbers)
+
+    def _noise(self, draws: slice) -> Tensor:
+        return torch.stack([self.normal(draw) for draw in range(draws.start, draws.stop)])
 
     def _gradients(self, draws: int, inputs: Callable[[slice], Tensor]) -> Iterator[tuple[slice, Tensor]]:
         """Plain gradients of many versions of each image: yields (draws, gradients [draws, n, K, ...]) by groups.
@@ -343,6 +355,18 @@ class Run:
             parts.append(torch.stack(gradients, 1))
             self.settings.progress(len(part))
         return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def recording(self, rule: Rule, key: object) -> Tape:
+        """A recorded pass of its own for a rule whose replays are differentiated; one for all with the same `key`."""
+
+        def compute() -> Tape:
+            images = self.images
+            if self.settings.channels_last and images.dim() == 4:
+                images = images.contiguous(memory_format=torch.channels_last)
+            with self.autocast():
+                return record(self.model, images, [rule], twice=True)
+
+        return self._once(("recording", key), compute)
 
     def plain(self, images: Tensor) -> Tape:
         """A forward pass of any images for their plain gradient, in the fastest way: nothing is recorded, memory

@@ -1,0 +1,117 @@
+"""Learned rules as a thing of their own: kept, saved, averaged, and replayed on other images."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from attrbox.engine.site import Site
+from attrbox.errors import FileError, InputError, OptionError
+from attrbox.files import whole_file
+
+FORMAT = "attrbox learned rules 1"
+
+
+def site_name(site: Site) -> str:
+    """A site as learned rules name it: "layer1.0.relu:1:relu" is the second call of that module."""
+    return f"{site.module}:{site.call}:{site.kind}"
+
+
+@dataclass(frozen=True, eq=False)
+class LearnedRules:
+    """The parameters of learned rules, one rule per sample and target.
+
+    Attributes:
+        parameters: site -> W, [N, K, R, ...], for N samples, K targets and R restarts.
+        settings: `plugin`, `kernel`, `feature` and `reference`, without which the parameters mean nothing.
+    """
+
+    parameters: Mapping[str, Tensor]
+    settings: Mapping[str, Any]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.parameters.values())))
+
+    def __getitem__(self, rows: int | slice | Sequence[int] | Tensor) -> "LearnedRules":
+        """The rules of some samples; an index keeps the sample's axis."""
+        chosen = [rows] if isinstance(rows, int) else rows
+        return replace(self, parameters={site: values[chosen] for site, values in self.parameters.items()})
+
+    def average(self) -> "LearnedRules":
+        """One rule for all: the mean of the parameters over the samples."""
+        return replace(
+            self, parameters={site: values.mean(0, keepdim=True) for site, values in self.parameters.items()}
+        )
+
+    @classmethod
+    def joined(cls, parts: "Sequence[LearnedRules]") -> "LearnedRules":
+        """The rules of all samples of several chunks.
+
+        Raises:
+            InputError: their sites or settings differ.
+        """
+        first = parts[0]
+        for part in parts[1:]:
+            if part.settings != first.settings or part.parameters.keys() != first.parameters.keys():
+                raise InputError("Expected learned rules of the same model and settings, got different ones.")
+        return cls({name: torch.cat([p.parameters[name] for p in parts]) for name in first.parameters}, first.settings)
+
+    def save(self, path: str | Path) -> Path:
+        """Write a safetensors file; an existing one is replaced as a whole.
+
+        Raises:
+            FileError: the file cannot be written.
+        """
+        path = Path(path)
+        tensors = {name: values.detach().cpu().contiguous() for name, values in self.parameters.items()}
+        data = save(tensors, metadata={"format": FORMAT, "settings": json.dumps(dict(self.settings))})
+        with whole_file(path) as temporary:
+            temporary.write_bytes(data)
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> "LearnedRules":
+        """Read what `save` wrote.
+
+        Raises:
+            FileError: there is no such file, or it holds no learned rules.
+        """
+        try:
+            with safe_open(str(path), "pt") as file:
+                about = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        except (OSError, SafetensorError) as error:
+            raise FileError(f"Cannot read learned rules from {path}: {error}.") from error
+        if about.get("format") != FORMAT or not tensors:
+            raise FileError(
+                f"Expected a file that LearnedRules.save wrote, got {path} of format "
+                f"{about.get('format', 'unknown')!r}."
+            )
+        return cls(tensors, json.loads(about["settings"]))
+
+    def __repr__(self) -> str:
+        shape = next(iter(self.parameters.values())).shape
+        return f"<LearnedRules {len(self.parameters)} sites, {shape[0]} samples, {shape[1]} targets; {self.settings}>"
+
+
+def as_rules(value: object) -> LearnedRules:
+    """Learned rules, or the path of a file of them.
+
+    Raises:
+        OptionError: it is neither.
+        FileError: the file cannot be read.
+    """
+    if isinstance(value, LearnedRules):
+        return value
+    if isinstance(value, str | Path):
+        return LearnedRules.load(value)
+    raise OptionError(
+        f"Expected rules to be LearnedRules (explain(..., 'learned').details['rules']) or the path of a file that "
+        f"their save() wrote, got {value!r}."
+    )
