@@ -22,7 +22,7 @@ def parse_methods(texts: list[str]) -> list[tuple[str, dict[str, Any]]]:
 
     Args:
         texts: NAME or NAME:OPTION=VALUE,OPTION=VALUE, any number of them separated by commas. Values are Python
-            literals, or else words. "all" stands for every method.
+            literals, or else words. "all" stands for every method that needs no option.
 
     Raises:
         OptionError: the text has another form.
@@ -34,7 +34,7 @@ def parse_methods(texts: list[str]) -> list[tuple[str, dict[str, Any]]]:
         if not name or "=" in name or not all(key.strip() and value.strip() for key, _, value in pairs):
             raise OptionError(f"Expected methods as NAME,NAME:OPTION=VALUE,OPTION=VALUE, got {entry!r} in {texts}.")
         if entry == "all":
-            parsed.extend((known, {}) for known in registry)
+            parsed.extend((known, {}) for known in registry if not registry[known].required)
         else:
             parsed.append((name, {key.strip(): _literal(value.strip()) for key, _, value in pairs}))
     return parsed

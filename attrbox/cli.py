@@ -28,7 +28,7 @@ DEFAULT_METHODS = [
 ]
 DEMO_METHODS = [
     "saliency,gradient_x_input,guided_backprop,deconvnet,deeplift,lrp_epsilon,integrated_gradients,smoothgrad,"
-    "squared_smoothgrad,vargrad,grad_cam,guided_grad_cam,random"
+    "squared_smoothgrad,vargrad,grad_cam,guided_grad_cam,learned:fast=True,learned_clean:fast=True,random"
 ]
 
 
@@ -94,7 +94,7 @@ def demo(
     batch_size: BatchSize = None,
     precision: PrecisionOption = Precision.FLOAT32,
 ) -> None:
-    """A dozen methods side by side: a real ImageNet classifier on real photographs.
+    """Fifteen methods side by side: a real ImageNet classifier on real photographs.
 
     Writes comparison.png, maps.h5 and table.md. Needs the extra `demo`, and no download.
 

@@ -29,7 +29,7 @@ class MaskGenerator(ABC):
         center_positive, center_negative: c+ and c-, where the masks are one half, on the scaled map (0.5 is zero).
         sigma: standard deviation of the Gaussian over the map, as a share of its longer side.
         fraction: largest share of the pixels that a mask takes away.
-        temperature: width of the sigmoid around the rank threshold, in standard deviations of the map.
+        temperature: width of the sigmoid round a rank threshold, in gaps between the values at half and twice the rank.
 
     Each generator reads what it needs. `sized`: whether the mean of the masks belongs to the loss, lest they grow.
     """
@@ -39,7 +39,7 @@ class MaskGenerator(ABC):
     center_negative: float = 0.25
     sigma: float = 0.0
     fraction: float = 0.05
-    temperature: float = 0.03
+    temperature: float = 0.1
 
     sized: ClassVar[bool] = True
 
@@ -114,22 +114,28 @@ class GaussianMask(SigmoidMask):
 @register_mask("rank")
 @dataclass(frozen=True, kw_only=True)
 class RankMask(MaskGenerator):
-    """The k largest and the k smallest pixels, k drawn from 1 to `fraction` of all:
+    """The k largest and the k smallest pixels, k drawn from 1 to `fraction` of all. With A_(k) the k-th largest value,
 
-        M+ = sigmoid((A - tau+) / (T std A)),  M- = sigmoid((tau- - A) / (T std A))
+        M+ = sigmoid((A - A_(k)) / w),     w = T (A_(k/2) - A_(2k)),     and M- the same of -A
 
-    tau+ and tau- are the k-th largest and smallest value; they and the deviation carry no gradient. This trains the
-    very curves that MoRF and LeRF measure, needs no centres, and no term for the size.
+    A_(k) and w carry no gradient. This trains the very curves that MoRF and LeRF measure, needs no centres, and no term
+    for the size. The width w follows the map's own spacing round its threshold: learned maps have long tails, with
+    which a width in units of their standard deviation would grow until the mask is no mask.
     """
 
     sized: ClassVar[bool] = False
 
     def masks(self, map: Tensor, draw: Tensor) -> tuple[Tensor, Tensor]:
-        values = map.detach().flatten(1)
-        most = max(1, round(self.fraction * values.shape[1]))
-        place = (draw * most).long().clamp_max(most - 1)[:, None]
+        pixels = map[0].numel()
+        most = max(1, round(self.fraction * pixels))
+        rank = 1 + (draw * most).long().clamp_max(most - 1)[:, None]
         shape = (-1, *(1,) * (map.dim() - 1))
-        high = values.topk(most, 1).values.gather(1, place).view(shape)
-        low = values.topk(most, 1, largest=False).values.gather(1, place).view(shape)
-        width = self.temperature * values.std(1).clamp_min(torch.finfo(map.dtype).tiny).view(shape)
-        return torch.sigmoid((map - high) / width), torch.sigmoid((low - map) / width)
+
+        def largest(map: Tensor) -> Tensor:
+            top = map.detach().flatten(1).topk(min(2 * most, pixels), 1).values
+            ranks = (rank, (rank // 2).clamp_min(1), (2 * rank).clamp_max(top.shape[1]))
+            at, above, below = (top.gather(1, r - 1).view(shape) for r in ranks)
+            width = self.temperature * (above - below)
+            return torch.sigmoid((map - at) / width.clamp_min(torch.finfo(map.dtype).tiny))
+
+        return largest(map), largest(-map)

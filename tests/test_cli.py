@@ -113,6 +113,7 @@ def test_the_demo_on_few_methods(tmp_path: Path) -> None:
 def test_the_demo_shows_every_method_and_the_default_is_a_part() -> None:
     demo, default = ([name for name, _ in parse_methods(text)] for text in (DEMO_METHODS, DEFAULT_METHODS))
     built_in = {name for name in attrbox.list_methods() if not name.startswith("test")}
+    built_in -= {"learned_rank", "learned_transfer"}  # noise to the eye; needs rules
     assert set(demo) >= built_in
     assert set(default) < set(demo)
 
@@ -213,7 +214,7 @@ def test_methods_with_options(texts: list[str], parsed: object) -> None:
 
 
 def test_all_methods() -> None:
-    assert parse_methods(["all"]) == [(name, {}) for name in attrbox.list_methods()]
+    assert parse_methods(["all"]) == [(name, {}) for name in attrbox.list_methods() if name != "learned_transfer"]
 
 
 @pytest.mark.parametrize("text", ["", "a,,b", "a:", "x=3", "a:x", "a:x=", "a:=3", "a, x=1"])

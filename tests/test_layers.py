@@ -24,6 +24,7 @@ LAYERS = [
     ["attrbox.masks"],
     ["attrbox.methods.base"],
     ["attrbox.methods.run"],
+    ["attrbox.methods.learned_rules"],
     ["attrbox.methods"],
     ["attrbox.plots", "attrbox.hdf5"],
     ["attrbox.compare"],

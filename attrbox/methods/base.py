@@ -31,8 +31,18 @@ if TYPE_CHECKING:
     from attrbox.methods.run import Run
 
 
+class _Required:
+    """Stands where a default would be."""
+
+    def __repr__(self) -> str:
+        return "required"
+
+
+REQUIRED = _Required()
+
+
 def option(default: Any, help: str) -> Any:
-    """A field of a method with its default and a line of help."""
+    """A field of a method with its default (REQUIRED: there is none) and a line of help."""
     return field(default=default, metadata={"help": help})
 
 
@@ -100,11 +110,16 @@ class MethodSpec:
     reduction: ChannelReduction = "sum"
     units: str = "score"
 
+    @property
+    def required(self) -> tuple[str, ...]:
+        """The options without which the method cannot run."""
+        return tuple(info.name for info in self.options if info.default is REQUIRED)
+
     def create(self, options: Mapping[str, Any]) -> Method:
         """The method with these options.
 
         Raises:
-            OptionError: an option is unknown or out of range.
+            OptionError: an option is unknown, missing or out of range.
         """
         known = {info.name for info in self.options}
         for name in options:
@@ -115,6 +130,9 @@ class MethodSpec:
                     f"The method {self.name!r} has no option {name!r}. {hint}"
                     f"Options: {', '.join(sorted(known)) or 'none'}."
                 )
+        for info in self.options:
+            if info.default is REQUIRED and info.name not in options:
+                raise OptionError(f"The method {self.name!r} needs the option {info.name!r}: {info.help}.")
         try:
             return self.build(**options)
         except TypeError as error:  # wrong types that a method's own checks compare

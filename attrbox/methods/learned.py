@@ -33,6 +33,7 @@ from attrbox.engine.tape import Tape
 from attrbox.errors import InputError, ModelError, OptimisationWarning, OptionError
 from attrbox.masks import MaskGenerator, masks
 from attrbox.methods.base import (
+    REQUIRED,
     Method,
     MethodSpec,
     OptionInfo,
@@ -48,7 +49,7 @@ from attrbox.methods.learned_rules import LearnedRules, as_rules, site_name
 from attrbox.methods.run import Run
 from attrbox.perturbations import gaussian_blur
 from attrbox.rules.learned import Differences, LearnedRule, plugins
-from attrbox.shapes import Coverage
+from attrbox.shapes import Coverage, Operated
 
 FILLS = ("zero", "blur", "noise")
 # Draws of a sample's stream of random numbers, apart for each purpose; a restart has a stretch of its own.
@@ -66,8 +67,17 @@ class Propagating(Method):
         """The rule without parameters."""
         raise NotImplementedError
 
+    def learned_at(self, tape: Tape) -> list[Site]:
+        """The sites that have parameters."""
+        raise NotImplementedError
+
     def coverage(self, run: Run) -> Coverage:
-        return run.recording(self.plugged, _key(self.plugged)).coverage(self.plugged)
+        rule = self.plugged
+        tape = run.recording(rule, _key(rule))
+        chosen = set(Operated.listed(self.learned_at(tape)))
+        whole = tape.coverage(rule)
+        left = tuple(operated for operated in whole.rule if operated not in chosen)
+        return Coverage(tuple(o for o in whole.rule if o in chosen), left + whole.derivative, whole.unknown)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,9 +98,14 @@ class Learned(Propagating):
     sharpness: float = option(10.0, "s, slope of the sigmoid masks")
     center_positive: float = option(0.75, "c+, centre of the positive sigmoid mask on the scaled map (0.5 is zero)")
     center_negative: float = option(0.25, "c-, centre of the negative sigmoid mask")
-    sigma: float = option(0.0, "standard deviation of a Gaussian over the map, as a share of the image's longer side")
+    sigma: float | None = option(
+        None,
+        "standard deviation of a Gaussian over the map, as a share of the image's longer side; None: the mask's own",
+    )
     fraction: float = option(0.05, "largest share of pixels that a rank mask takes away")
-    temperature: float = option(0.03, "softness of the rank masks, in standard deviations of the map")
+    temperature: float = option(
+        0.1, "softness of the rank masks, in gaps between the values at half and twice the rank"
+    )
     weight: float = option(0.1, "lambda, weight of the masks' size in the loss (sigmoid and gaussian masks)")
     fill: str = option("zero", "what masked pixels show: zero, blur, noise, or random (one of them per iteration)")
     game: str = option("delete", "positive mask: delete (its pixels are taken away) or preserve (all others are)")
@@ -108,12 +123,13 @@ class Learned(Propagating):
             check_flag(name, getattr(self, name))
         for name in ("lr", "sharpness", "temperature"):
             _check_number(name, getattr(self, name), above=0)
-        for name in ("sigma", "weight", "tolerance"):
+        for name in ("weight", "tolerance"):
             _check_number(name, getattr(self, name), least=0)
         _check_number("center_positive", self.center_positive)
         _check_number("center_negative", self.center_negative)
         _check_number("fraction", self.fraction, above=0, most=1)
-        _check_number("sigma", self.sigma, least=0, most=0.5)
+        if self.sigma is not None:
+            _check_number("sigma", self.sigma, least=0, most=0.5)
         check_choice("feature", self.feature, ("output", "input"))
         check_choice("initial", self.initial, ("normal", "ones"))
         check_choice("fill", self.fill, (*FILLS, "random"))
@@ -135,11 +151,14 @@ class Learned(Propagating):
     def plugged(self) -> LearnedRule:
         return LearnedRule(plugins[self.plugin].make(self.kernel), self.feature, self.reference)
 
+    def learned_at(self, tape: Tape) -> list[Site]:
+        return _sites(tape, self.modules)
+
     @property
     def generator(self) -> MaskGenerator:
         """The mask generator with its options set."""
-        own = {field.name for field in dataclasses.fields(MaskGenerator)}
-        return masks[self.mask].make(**{name: getattr(self, name) for name in own})
+        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(MaskGenerator)}
+        return masks[self.mask].make(**{name: value for name, value in own.items() if value is not None})
 
     def attribute(self, run: Run) -> Tensor:
         targets = range(run.scores.shape[1])
@@ -436,7 +455,7 @@ def _kept(method: Learned, found: list[list[_Learnt]]) -> LearnedRules:
             "kernel": method.kernel,
             "feature": method.feature,
             "reference": method.reference,
-            "sigma": method.sigma,
+            "sigma": method.generator.sigma,
         },
     )
 
@@ -457,7 +476,9 @@ class LearnedTransfer(Propagating):
     with as many; of several restarts, the maps are averaged.
     """
 
-    learned: Any = option(None, "LearnedRules (details['rules'] of a learned map), or the path where they were saved")
+    learned: Any = option(
+        REQUIRED, "LearnedRules (details['rules'] of a learned map), or the path where they were saved"
+    )
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "learned", as_rules(self.learned))
@@ -481,6 +502,9 @@ class LearnedTransfer(Propagating):
                 found.append(_chained(run, tape, rule, reference, k, self.learned.settings["sigma"]))
             maps.append(torch.stack(found).mean(0))
         return torch.stack(maps, 1)
+
+    def learned_at(self, tape: Tape) -> list[Site]:
+        return [site for site in tape.sites if site_name(site) in self.learned.parameters]
 
     def _parameters(self, run: Run, sites: list[Site], k: int) -> dict[int, Tensor]:
         """Parameters by site, [1 or n, R, ...]."""
