@@ -216,6 +216,7 @@ def _run(model: nn.Module, images: Tensor, chosen: _Chosen, call: _Call) -> Comp
     used = [method for _, method in chosen.values()]
     rules = list(dict.fromkeys(rule for method in used for rule in method.rules))
     layers = list(dict.fromkeys(layer for method in used for layer in method.layers))
+    asked = frozenset(key for method in used for key in method.asks)
     replays = sum(len(method.rules) + len(method.layers) for method in used)
     chunks: list[_Chunk] = []
     with untouched(model), _bar(count * sum(method.passes for method in used), call.progress) as bar:
@@ -231,7 +232,7 @@ def _run(model: nn.Module, images: Tensor, chosen: _Chosen, call: _Call) -> Comp
 
             def work(size: int, start: int = start) -> _Chunk:
                 rows = slice(start, min(start + size, count))
-                run = Run(model, images[rows], settings, rows, size, rules, layers, keep=replays > 1)
+                run = Run(model, images[rows], settings, rows, size, rules, layers, replays > 1, asked)
                 return _explain_chunk(run, chosen, order, bar)
 
             chunk, size = backing_off(size, work)

@@ -13,7 +13,7 @@ LAYERS = [
     ["attrbox.errors"],
     ["attrbox.files", "attrbox.registry", "attrbox.shapes"],
     ["attrbox.guard", "attrbox.memory", "attrbox.targets", "attrbox.perturbations"],
-    ["attrbox.engine.site"],
+    ["attrbox.engine.site", "attrbox.engine.stem"],
     ["attrbox.engine.linearity"],
     ["attrbox.engine.folding"],
     ["attrbox.engine.linear"],

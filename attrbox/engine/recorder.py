@@ -26,7 +26,7 @@ from attrbox.engine.folding import Unfolded
 from attrbox.engine.linear import LinearCalls
 from attrbox.engine.linearity import is_activation, is_decision, is_linear, name_of
 from attrbox.engine.operations import Operation, interpret
-from attrbox.engine.site import Rule, Site
+from attrbox.engine.site import Gradients, Rule, Site
 from attrbox.errors import (
     ForwardError,
     ModelError,
@@ -63,7 +63,7 @@ class Replaying:
         rule = self.rule if self.rule is not None and site.kind in self.rule.kinds else None
         reference = self.reference.inputs[site.index] if self.reference else None
         site = site.with_tensors(inputs, output, reference, type(rule).__name__ if rule else "")
-        found = site.true_gradient(grad) if rule is None else rule.propagate(site, grad)
+        found = site.true_gradient(grad) if rule is None else _propagated(rule, site, grad)
         gradients = found if isinstance(found, tuple) else (found,)
         if len(gradients) != len(shapes) or not all(isinstance(gradient, Tensor) for gradient in gradients):
             raise RuleError(
@@ -77,6 +77,31 @@ class Replaying:
             )
         # A product may have broadcast a factor: its gradient is summed over the copies.
         return tuple(gradient.sum_to_size(shape) for gradient, shape in zip(gradients, shapes, strict=True))
+
+
+def _propagated(rule: Rule, site: Site, grad: Tensor) -> Gradients:
+    """What the rule answers, asked for a few samples at a time where the activation is large and on a CPU.
+
+    A rule of several passes over memory has a result for each. Fresh pages for a large one cost a CPU more than the
+    arithmetic; those of a few samples are used again, and stay in its cache.
+    """
+    rows = max(1, _BYTES_AT_ONCE * len(grad) // max(1, grad.numel() * grad.element_size()))
+    whole = grad.device.type != "cpu" or torch.is_grad_enabled() or rows >= len(grad)
+    if whole or not rule.by_rows or not site.splits_into_rows:
+        return rule.propagate(site, grad)
+    result = None
+    for start in range(0, len(grad), rows):
+        some = slice(start, start + rows)
+        found = rule.propagate(site.rows(some), grad[some])
+        if not isinstance(found, Tensor) or found.shape != grad[some].shape:
+            return found  # a broken rule: the caller says so
+        result = torch.empty_like(grad, dtype=found.dtype) if result is None else result
+        result[some] = found
+    assert result is not None
+    return result
+
+
+_BYTES_AT_ONCE = 8 * 2**20
 
 
 class _SiteFunction(torch.autograd.Function):

@@ -140,6 +140,30 @@ class Site:
         """This site with what was kept of it; records stay immutable and hold no activations themselves."""
         return replace(self, saved_inputs=inputs, saved_output=output, saved_reference=reference, rule=rule)
 
+    @property
+    def splits_into_rows(self) -> bool:
+        """Whether the operation treats each row (index of the first axis) on its own, as all activations do."""
+        tensors = (*(self.saved_inputs or ()), *((self.saved_output,) if self.saved_output is not None else ()))
+        kept = {len(tensor) for tensor in tensors if tensor.dim() > 1}
+        against = {len(tensor) for tensor in self.saved_reference or ()}
+        return (
+            self.kind in ACTIVATIONS
+            and len(kept) <= 1
+            and all(tensor.dim() > 1 for tensor in tensors)
+            and (against <= kept | {1})
+        )
+
+    def rows(self, some: slice) -> "Site":
+        """The site with some rows of its tensors; a shared reference stays whole."""
+
+        def cut(tensors: tuple[Tensor, ...] | None) -> tuple[Tensor, ...] | None:
+            return None if tensors is None else tuple(t if len(t) == 1 else t[some] for t in tensors)
+
+        output = None if self.saved_output is None else self.saved_output[some]
+        return replace(
+            self, saved_inputs=cut(self.saved_inputs), saved_output=output, saved_reference=cut(self.saved_reference)
+        )
+
     def _missing(self, need: str) -> RuleError:
         return RuleError(
             f"The rule {self.rule!r} reads the {need} of {self.where}, which was not kept. "
@@ -151,6 +175,7 @@ class Rule(ABC):
     """How a gradient passes a non-linearity. Subclass it, implement `propagate`, and register it.
 
     `kinds`: the kinds of sites that the rule is asked about; the true derivative holds at all others.
+    `by_rows`: whether it may be asked for some samples at a time, which is faster on CPUs where it computes much.
     `needs`: which tensors `propagate` reads, of "input", "output", "derivative" (for `site.derivative()` and
     `site.true_gradient()`) and "reference"; nothing else is kept in memory.
 
@@ -160,6 +185,7 @@ class Rule(ABC):
 
     kinds: ClassVar[frozenset[str]] = ACTIVATIONS
     needs: ClassVar[frozenset[str]] = frozenset({"derivative"})
+    by_rows: ClassVar[bool] = False
 
     def needs_at(self, kind: str) -> frozenset[str]:
         """What `propagate` reads at sites of this kind; override it where it is less than `needs`."""

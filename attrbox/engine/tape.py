@@ -1,10 +1,11 @@
 """The tape: a forward pass recorded once, replayed backward under any number of rules."""
 
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 
 from attrbox.engine.recorder import Recorder, Reference, Replaying, checkpointed, forward
 from attrbox.engine.site import Rule, Site
@@ -73,14 +74,14 @@ class Tape:
     def replay(
         self,
         score: Tensor,
-        inputs: Sequence[Tensor],
+        inputs: Sequence[Tensor | GradientEdge],
         rule: Rule | None = None,
         *,
         reference: Reference | None = None,
         create_graph: bool = False,
         keep: bool = True,
     ) -> tuple[Tensor, ...]:
-        """Gradients of `score.sum()` with respect to `inputs` (the images, a feature map), under `rule`.
+        """Gradients of `score.sum()` with respect to `inputs` (the images, a feature map, a stem), under `rule`.
 
         Args:
             score: a tensor computed from `output`.
@@ -99,8 +100,8 @@ class Tape:
             raise _no_gradient()
         self._replaying.rule, self._replaying.reference = rule, reference
         try:
-            gradients = torch.autograd.grad(
-                score.sum(), inputs, retain_graph=keep, create_graph=create_graph, allow_unused=True
+            gradients: tuple[Tensor, ...] = torch.autograd.grad(
+                score.sum(), cast(Any, inputs), retain_graph=keep, create_graph=create_graph, allow_unused=True
             )
         except RuntimeError as error:
             if "use_reentrant" in str(error):  # its reentrant variant and autograd.grad

@@ -66,6 +66,11 @@ class Method(ABC):
         return ()
 
     @property
+    def asks(self) -> tuple[object, ...]:
+        """What else `attribute` will ask of the run, where a method that asks for less can share it."""
+        return ()
+
+    @property
     def passes(self) -> int:
         """Forward and backward passes per image, for the progress bar and the size of chunks."""
         return 1

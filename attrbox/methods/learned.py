@@ -200,6 +200,11 @@ def _check_number(
 # ------------------------------------------------------------------------------------------------------ one problem
 
 
+def part(name: str) -> Any:
+    """A label for torch's profiler: what `benchmarks/learned.py` breaks an iteration down into."""
+    return torch.profiler.record_function(f"learned: {name}")
+
+
 @dataclass
 class _Learnt:
     """The result of one run over all samples of a chunk, for one target and one restart."""
@@ -231,7 +236,7 @@ def _learn(method: Learned, run: Run, k: int, restart: int) -> _Learnt:
 
     all_alive = True
     for step in range(method.iterations):
-        with run.autocast():
+        with run.autocast(), part("chain"):
             score = run.settings.target.score(run.output(tape), run.indices)[:, k]
             (gradient,) = tape.replay(score, [tape.images], rule, reference=reference, create_graph=True)
         map = generator.smoothed(_map(images * gradient))
@@ -258,11 +263,13 @@ def _learn(method: Learned, run: Run, k: int, restart: int) -> _Learnt:
                 run.settings.progress(3 * n * (method.iterations - step))
                 losses[:, step + 1 :] = torch.nan
                 break
-        gradients = torch.autograd.grad(surrogate, leaves)
+        with part("double backward"):
+            gradients = torch.autograd.grad(surrogate, leaves)
         held = None if all_alive else [leaf.detach()[~alive] for leaf in leaves]
         for leaf, gradient in zip(leaves, gradients, strict=True):
             leaf.grad = gradient
-        adam.step()
+        with part("optimiser"):
+            adam.step()
         if held is not None:  # stopped samples keep their parameters, whatever the moments of Adam say
             with torch.no_grad():
                 for leaf, old in zip(leaves, held, strict=True):
@@ -392,13 +399,14 @@ class _Game:
         run, indices = self.run, self.run.indices
         scores, gradients = [], []
         for start in range(0, len(masked), run.per_pass):
-            part = masked[start : start + run.per_pass]
-            tape = run.plain(part)
-            rows = (torch.arange(start, start + len(part), device=part.device)) % len(self.images)
-            with run.autocast():
-                score = self._score(run.output(tape, len(part)), None if indices is None else indices[rows])
+            some = masked[start : start + run.per_pass]
+            rows = (torch.arange(start, start + len(some), device=some.device)) % len(self.images)
+            with run.autocast(), part("masked forward"):
+                tape = run.plain(some)
+                score = self._score(run.output(tape, len(some)), None if indices is None else indices[rows])
             scores.append(score.detach().to(masked.dtype))
-            gradients.append(tape.replay(score, [tape.images], keep=False)[0])
+            with part("masked backward"):
+                gradients.append(tape.replay(score, [tape.images], keep=False)[0])
         return torch.cat(scores), torch.cat(gradients)
 
     def _score(self, output: Tensor, indices: Tensor | None) -> Tensor:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from attrbox.methods.base import Method, check, check_count, check_flag, option, register_method
-from attrbox.methods.run import Moments, Run
+from attrbox.methods.run import Moments, Run, noise_key
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,9 +29,6 @@ class _Noisy(Method):
     @property
     def passes(self) -> int:
         return self.samples
-
-    def moments(self, run: Run) -> Moments:
-        return run.noise_moments(self.samples, self.noise)
 
 
 @register_method(
@@ -54,9 +51,19 @@ class SmoothGrad(_Noisy):
         check_flag("times_input", self.times_input)
 
     def attribute(self, run: Run) -> Tensor:
-        mean = self.moments(run).mean
+        mean = run.noise_mean(self.samples, self.noise)
         values = mean * run.images.unsqueeze(1) if self.times_input else mean
         return values.abs() if self.absolute else values
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Squared(_Noisy):
+    @property
+    def asks(self) -> tuple[object, ...]:
+        return (noise_key(self.samples, self.noise),)
+
+    def moments(self, run: Run) -> Moments:
+        return run.noise_moments(self.samples, self.noise)
 
 
 @register_method(
@@ -67,7 +74,7 @@ class SmoothGrad(_Noisy):
     units="squared score per squared unit of input",
 )
 @dataclass(frozen=True, kw_only=True)
-class SquaredSmoothGrad(_Noisy):
+class SquaredSmoothGrad(_Squared):
     """mean_k g_k^2: non-negative, so it ranks but does not tell for from against."""
 
     def attribute(self, run: Run) -> Tensor:
@@ -81,7 +88,7 @@ class SquaredSmoothGrad(_Noisy):
     units="squared score per squared unit of input",
 )
 @dataclass(frozen=True, kw_only=True)
-class VarGrad(_Noisy):
+class VarGrad(_Squared):
     """Var_k(g_k), biased (divided by the number of samples): non-negative."""
 
     def attribute(self, run: Run) -> Tensor:

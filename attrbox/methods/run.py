@@ -6,7 +6,7 @@ with other arguments is computed anew, and nothing is computed that nobody asks 
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from attrbox.engine.folding import Folding, Unfolded
 from attrbox.engine.recorder import Reference, forward
 from attrbox.engine.site import Rule
+from attrbox.engine.stem import Stem, stem_of
 from attrbox.engine.tape import Tape, record
 from attrbox.errors import InputError, ModelError
 from attrbox.memory import backing_off
@@ -65,8 +66,8 @@ class Run:
         images: [n, ...].
         per_pass: how many images a forward pass may take.
 
-    `rules` and `layers` are those that methods will ask for; without `keep`, just one of them once, so that the
-    recorded activations can be freed while it is replayed.
+    `rules`, `layers` and `asked` are those that methods will ask for; without `keep`, just one of the former once, so
+    that the recorded activations can be freed while it is replayed.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class Run:
         rules: Sequence[Rule | None] = (),
         layers: Sequence[str | None] = (),
         keep: bool = True,
+        asked: Collection[object] = (),
     ) -> None:
         self.model = model
         self.images = images
@@ -89,6 +91,7 @@ class Run:
         self._layers = layers
         self._taped = bool(rules or layers)
         self._keep = keep
+        self._asked = asked
         self._cache: dict[tuple[object, ...], object] = {}
         self._details: dict[str, Any] = {}
 
@@ -266,12 +269,20 @@ class Run:
             nodes, weights = (torch.from_numpy(values).to(self.images) for values in quadratures[quadrature](steps))
             start = self.baseline(baseline)
             change = self.images - start
-            total = self._zeros()
-            for draws, gradients in self._gradients(steps, lambda draws: start + _steps(nodes[draws], change) * change):
-                total += torch.einsum("s,s...->...", weights[draws], gradients)
-            return total
+            return self._weighted(weights, lambda draws: start + _steps(nodes[draws], change) * change)
 
         return self._once(("path", steps, quadrature, identity(baseline)), compute)
+
+    def noise_mean(self, samples: int, noise: float) -> Tensor:
+        """The mean of `noise_moments`, [n, K, C, H, W]; for less than the moments, if no method asks for those."""
+        if noise_key(samples, noise) in self._asked:
+            return self.noise_moments(samples, noise).mean
+
+        def compute() -> Tensor:
+            weights = self.images.new_full((samples,), 1 / samples)
+            return self._weighted(weights, self._noisy(noise))
+
+        return self._once(("noise mean", samples, noise), compute)
 
     def noise_moments(self, samples: int, noise: float) -> Moments:
         """Moments of the gradient over `samples` copies with Gaussian noise, of standard deviation
@@ -281,11 +292,8 @@ class Run:
         """
 
         def compute() -> Moments:
-            images = self.images
-            axes = tuple(range(1, images.dim()))
-            deviation = noise * (images.amax(axes, keepdim=True) - images.amin(axes, keepdim=True))
             mean, squares, count = self._zeros(), self._zeros(), 0
-            for draws, gradients in self._gradients(samples, lambda draws: images + self._noise(draws) * deviation):
+            for draws, gradients, _ in self._gradients(samples, self._noisy(noise)):
                 # Welford's update by groups (Chan et al. 1979): no cancellation in the variance.
                 size = draws.stop - draws.start
                 group = gradients.mean(0)
@@ -294,7 +302,14 @@ class Run:
                 count += size
             return Moments(mean, squares / samples)
 
-        return self._once(("noise", samples, noise), compute)
+        return self._once(noise_key(samples, noise), compute)
+
+    def _noisy(self, noise: float) -> Callable[[slice], Tensor]:
+        """Draws -> noisy copies of the images, [draws, n, ...]."""
+        images = self.images
+        axes = tuple(range(1, images.dim()))
+        deviation = noise * (images.amax(axes, keepdim=True) - images.amin(axes, keepdim=True))
+        return lambda draws: images + self._noise(draws) * deviation
 
     def normal(self, draw: int) -> Tensor:
         """Standard normal numbers of the images' shape; draw `draw` of each image's own stream, [1 or n, C, H, W]."""
@@ -318,43 +333,65 @@ class Run:
     def _noise(self, draws: slice) -> Tensor:
         return torch.stack([self.normal(draw) for draw in range(draws.start, draws.stop)])
 
-    def _gradients(self, draws: int, inputs: Callable[[slice], Tensor]) -> Iterator[tuple[slice, Tensor]]:
-        """Plain gradients of many versions of each image: yields (draws, gradients [draws, n, K, ...]) by groups.
+    def _weighted(self, weights: Tensor, inputs: Callable[[slice], Tensor]) -> Tensor:
+        """sum_k w_k grad f(x_k), [n, K, ...]: summed behind the first convolution where that can be told apart, and
+        taken through it once (see `attrbox.engine.stem`)."""
+        total, behind, stem = self._zeros(), None, None
+        for draws, gradients, through in self._gradients(len(weights), inputs, at_stem=True):
+            part = torch.einsum("s,s...->...", weights[draws], gradients)
+            if through is None:
+                total += part
+            else:
+                behind, stem = part if behind is None else behind + part, through
+        if stem is not None and behind is not None:
+            total += stem.pull(behind.flatten(0, 1)).view(total.shape)
+        return total
+
+    def _gradients(
+        self, draws: int, inputs: Callable[[slice], Tensor], at_stem: bool = False
+    ) -> Iterator[tuple[slice, Tensor, Stem | None]]:
+        """Plain gradients of many versions of each image: yields (draws, gradients [draws, n, K, ...], None) by groups.
 
         `inputs(draws)` makes the versions, [draws, n, ...]. Groups are as large as `per_pass` allows, and shrink when
-        memory runs out.
+        memory runs out. With `at_stem` the gradients may be those behind the stem that comes with them.
         """
         indices = self.indices
         n = len(self.images)
         start = 0
         while start < draws:
 
-            def work(size: int, start: int = start) -> tuple[slice, Tensor]:
+            def work(size: int, start: int = start) -> tuple[slice, Tensor, Stem | None]:
                 group = slice(start, min(draws, start + max(1, size // n)))
                 versions = inputs(group)
                 count = len(versions)
                 repeated = None if indices is None else indices.repeat(count, 1)
-                gradients = self._native(versions.flatten(0, 1), repeated, size)
-                return group, gradients.view(count, n, *gradients.shape[1:])
+                gradients, stem = self._native(versions.flatten(0, 1), repeated, size, at_stem)
+                return group, gradients.view(count, n, *gradients.shape[1:]), stem
 
-            (group, gradients), self.per_pass = backing_off(self.per_pass, work)
-            yield group, gradients
+            (group, gradients, stem), self.per_pass = backing_off(self.per_pass, work)
+            yield group, gradients, stem
             start = group.stop
 
-    def _native(self, images: Tensor, indices: Tensor | None, per_pass: int) -> Tensor:
+    def _native(
+        self, images: Tensor, indices: Tensor | None, per_pass: int, at_stem: bool
+    ) -> tuple[Tensor, Stem | None]:
         """Plain gradients of the scores, [m, K, ...], by autograd alone, `per_pass` images at a time."""
-        parts = []
+        parts: list[Tensor] = []
+        stem = None
         for rows in (slice(i, i + per_pass) for i in range(0, len(images), per_pass)):
             part = images[rows]
             tape = self.plain(part)
             with self.autocast():
                 output = self._check(unwrap(tape.output), len(part))
                 scores = self.settings.target.score(output, None if indices is None else indices[rows])
+                # Parts of one group must be of one kind; it has several only where one step is too large for a pass.
+                stem = stem_of(output, tape.images) if at_stem and len(part) == len(images) else None
+                inputs = [tape.images if stem is None else stem.edge]
                 count = scores.shape[1]
-                gradients = [tape.replay(scores[:, k], [tape.images], keep=k + 1 < count)[0] for k in range(count)]
-            parts.append(torch.stack(gradients, 1))
+                gradients = [tape.replay(scores[:, k], inputs, keep=k + 1 < count)[0] for k in range(count)]
+            parts.append(torch.stack(gradients, 1).to(images.dtype))
             self.settings.progress(len(part))
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
+        return torch.cat(parts) if len(parts) > 1 else parts[0], stem
 
     def recording(self, rule: Rule, key: object) -> Tape:
         """A recorded pass of its own for a rule whose replays are differentiated; one for all with the same `key`."""
@@ -410,6 +447,11 @@ class Run:
                 "axis: images[None] for a single one."
             )
         return output
+
+
+def noise_key(samples: int, noise: float) -> tuple[object, ...]:
+    """What methods that need `noise_moments` name in `Method.asks`."""
+    return ("noise", samples, noise)
 
 
 def _steps(nodes: Tensor, like: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ class DeepLift(Rule):
 
     kinds = KINDS
     needs = frozenset({"input", "reference"})
+    by_rows = True
 
     def needs_at(self, kind: str) -> frozenset[str]:
         return self.needs | {"derivative"} if kind not in ("product", "max_pool", "softmax") else self.needs

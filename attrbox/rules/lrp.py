@@ -33,6 +33,7 @@ class LRPEpsilon(Rule):
 
     kinds = ACTIVATIONS | {"product"}
     needs = frozenset({"input", "output"})
+    by_rows = True
 
     def __post_init__(self) -> None:
         if not (isinstance(self.epsilon, int | float) and math.isfinite(self.epsilon) and self.epsilon > 0):
