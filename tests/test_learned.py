@@ -264,6 +264,7 @@ class TestLearning:
             {"plugin": "convolution"},
             {"mask": "gaussian", "sigma": 0.2},
             {"mask": "rank"},
+            {"decay": True},
             {"fill": "blur"},
             {"fill": "noise"},
             {"fill": "random"},

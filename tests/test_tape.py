@@ -7,11 +7,22 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import five_ways, images, relu_net, residual_net, seeded, squeeze_excitation_net
+from nets import (
+    five_ways,
+    images,
+    relu_net,
+    residual_net,
+    seeded,
+    sequence_net,
+    smooth_net,
+    squeeze_excitation_net,
+    vector_net,
+)
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import attrbox
+from attrbox.engine import recorder
 from attrbox.engine.site import ACTIVATIONS, KINDS, Rule
 from attrbox.engine.tape import record
 from attrbox.errors import ForwardError, ModelError, OptionError, RuleError, UnsupportedModelError
@@ -428,3 +439,55 @@ def test_only_what_rules_need_is_kept():
         totals[name] = saved.total
     assert totals["guided"] == totals["native"]
     assert totals["deeplift"] > totals["native"]
+
+
+class Watched(LRPEpsilon):
+    """Notes how many rows it is asked for at a time."""
+
+    def propagate(self, site, grad_output):
+        asked.append(len(grad_output))
+        return super().propagate(site, grad_output)
+
+
+asked: list[int] = []
+
+
+@pytest.mark.parametrize("method", ["deeplift", "lrp_epsilon"])
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("build", [residual_net, squeeze_excitation_net, smooth_net, sequence_net, vector_net])
+def test_large_activations_are_taken_by_rows_with_the_same_result(monkeypatch, method, shared, build):
+    model = build()
+    shape = {vector_net: (7,), sequence_net: (3, 16)}.get(build, (3, 8, 8))
+    x = images(5, *shape)
+    options = {} if method == "lrp_epsilon" else {"baseline": 0.1 if shared else images(5, *shape, seed=1)}
+    whole = attrbox.explain(model, x, method, **options).values
+    monkeypatch.setattr(recorder, "_BYTES_AT_ONCE", 1)
+    torch.testing.assert_close(attrbox.explain(model, x, method, **options).values, whole, rtol=1e-12, atol=1e-13)
+    channels_last = x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+    torch.testing.assert_close(attrbox.explain(model, channels_last, method, **options).values, whole)
+
+
+def test_rows_are_a_matter_of_size_and_of_the_rule(monkeypatch):
+    x = images(4, 3, 8, 8)
+
+    def rows(rule: Rule) -> set[int]:
+        asked.clear()
+        with untouched(model := relu_net()):
+            tape = record(model, x, [rule])
+            tape.replay(tape.output[:, 0], [tape.images], rule)
+        return set(asked)
+
+    assert rows(Watched()) == {4}
+    monkeypatch.setattr(recorder, "_BYTES_AT_ONCE", 1)
+    assert rows(Watched()) == {1}
+    monkeypatch.setattr(Watched, "by_rows", False)
+    assert rows(Watched()) == {4}
+
+
+def test_a_broken_rule_is_told_also_by_rows(monkeypatch):
+    monkeypatch.setattr(recorder, "_BYTES_AT_ONCE", 1)
+    monkeypatch.setattr(Watched, "propagate", lambda self, site, grad: grad[..., :1])
+    with untouched(model := relu_net()):
+        tape = record(model, images(4, 3, 8, 8), [Watched()])
+        with pytest.raises(RuleError, match="input's shape"):
+            tape.replay(tape.output[:, 0], [tape.images], Watched())

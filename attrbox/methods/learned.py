@@ -88,6 +88,7 @@ class Learned(Propagating):
     iterations: int = option(60, "steps of Adam")
     fast: bool = option(False, "the fewest iterations that keep the preset's quality (30), unless iterations are given")
     lr: float = option(0.2, "learning rate of Adam")
+    decay: bool = option(False, "let the learning rate fall to zero along half a cosine")
     plugin: str = option("per_pixel", "parameters of the rule: per_pixel, shared (one per channel) or convolution")
     kernel: int = option(1, "side of the kernel of the plugins shared (depthwise) and convolution; odd")
     feature: str = option("output", "what the parameters meet: output or input of the non-linearity")
@@ -119,7 +120,7 @@ class Learned(Propagating):
         for name in ("iterations", "kernel", "restarts"):
             check_count(name, getattr(self, name))
         check(self.kernel % 2 == 1, "kernel", "an odd number", self.kernel)
-        for name in ("fast", "reference", "sign_aware", "keep_rules"):
+        for name in ("fast", "decay", "reference", "sign_aware", "keep_rules"):
             check_flag(name, getattr(self, name))
         for name in ("lr", "sharpness", "temperature"):
             _check_number(name, getattr(self, name), above=0)
@@ -268,6 +269,8 @@ def _learn(method: Learned, run: Run, k: int, restart: int) -> _Learnt:
         held = None if all_alive else [leaf.detach()[~alive] for leaf in leaves]
         for leaf, gradient in zip(leaves, gradients, strict=True):
             leaf.grad = gradient
+        if method.decay:
+            adam.param_groups[0]["lr"] = method.lr * (1 + math.cos(math.pi * step / method.iterations)) / 2
         with part("optimiser"):
             adam.step()
         if held is not None:  # stopped samples keep their parameters, whatever the moments of Adam say
@@ -549,7 +552,7 @@ def _chained(run: Run, tape: Tape, rule: LearnedRule, reference: Any, k: int, si
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "paper": {},
-    "rank": {"mask": "rank", "fill": "random"},
+    "rank": {"mask": "rank", "fill": "random", "temperature": 0.3, "reference": False},
     "clean": {"plugin": "shared", "mask": "rank", "fill": "random", "fraction": 0.2, "sigma": 4 / 224},
 }
 FAST_ITERATIONS = 30
