@@ -39,7 +39,7 @@ class MaskGenerator(ABC):
     center_negative: float = 0.25
     sigma: float = 0.0
     fraction: float = 0.05
-    temperature: float = 0.1
+    temperature: float = 0.3
 
     sized: ClassVar[bool] = True
 

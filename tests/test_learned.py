@@ -357,7 +357,8 @@ class TestMasks:
             torch.testing.assert_close(one, other)
         spiked = map.clone()
         spiked.flatten()[map.argmax()] = 1e6
-        torch.testing.assert_close(RankMask().masks(spiked, draw)[0], first[0], rtol=0, atol=1e-5)
+        others = map != map.amax()
+        torch.testing.assert_close(RankMask().masks(spiked, draw)[0][others], first[0][others])
 
     @pytest.mark.parametrize("name", ["sigmoid", "gaussian", "rank"])
     def test_masks_are_finite_on_constant_maps(self, name):

@@ -105,7 +105,7 @@ class Learned(Propagating):
     )
     fraction: float = option(0.05, "largest share of pixels that a rank mask takes away")
     temperature: float = option(
-        0.1, "softness of the rank masks, in gaps between the values at half and twice the rank"
+        0.3, "softness of the rank masks, in gaps between the values at half and twice the rank"
     )
     weight: float = option(0.1, "lambda, weight of the masks' size in the loss (sigmoid and gaussian masks)")
     fill: str = option("zero", "what masked pixels show: zero, blur, noise, or random (one of them per iteration)")
@@ -552,8 +552,16 @@ def _chained(run: Run, tape: Tape, rule: LearnedRule, reference: Any, k: int, si
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "paper": {},
-    "rank": {"mask": "rank", "fill": "random", "temperature": 0.3, "reference": False},
-    "clean": {"plugin": "shared", "mask": "rank", "fill": "random", "fraction": 0.2, "sigma": 4 / 224},
+    "rank": {"mask": "rank", "fill": "random", "reference": False},
+    "clean": {
+        "plugin": "shared",
+        "initial": "ones",
+        "mask": "rank",
+        "fill": "random",
+        "reference": False,
+        "fraction": 0.2,
+        "sigma": 4 / 224,
+    },
 }
 FAST_ITERATIONS = 30
 
