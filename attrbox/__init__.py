@@ -9,10 +9,16 @@ from importlib.metadata import PackageNotFoundError, version
 from attrbox import errors
 from attrbox.compare import Comparison, compare, explain, list_methods
 from attrbox.engine.site import Rule, Site
+from attrbox.evaluate import evaluate
 from attrbox.methods import cam, gradient, learned, noise, path, propagation, random  # registers the methods
 from attrbox.methods.base import Method, methods, option, register_method
 from attrbox.methods.propagation import register_rule, rules
 from attrbox.methods.run import Run
+from attrbox.metrics import curves, road  # registers the metrics
+from attrbox.metrics.base import Measurement, Metric, list_metrics, metrics, register_metric
+from attrbox.metrics.results import Evaluation
+from attrbox.metrics.scores import Score
+from attrbox.metrics.study import Study, Views
 from attrbox.shapes import Attribution, Coverage
 from attrbox.targets import classes, top
 
@@ -22,23 +28,34 @@ except PackageNotFoundError:  # run from a source tree that is not installed
     __version__ = "0"
 
 del cam, gradient, learned, noise, path, propagation, random, version, PackageNotFoundError
+del curves, road
 
 __all__ = [
     "Attribution",
     "Comparison",
     "Coverage",
+    "Evaluation",
+    "Measurement",
     "Method",
+    "Metric",
     "Rule",
     "Run",
+    "Score",
     "Site",
+    "Study",
+    "Views",
     "classes",
     "compare",
     "errors",
+    "evaluate",
     "explain",
     "list_methods",
+    "list_metrics",
     "methods",
+    "metrics",
     "option",
     "register_method",
+    "register_metric",
     "register_rule",
     "rules",
     "top",

@@ -18,10 +18,11 @@ from attrbox.errors import InputError, OptionError
 from attrbox.guard import check_model, untouched
 from attrbox.hdf5 import write_maps
 from attrbox.memory import backing_off, images_per_pass
-from attrbox.methods.base import Method, MethodSpec
+from attrbox.methods.base import Method, MethodSpec, choose
 from attrbox.methods.base import methods as registry
 from attrbox.methods.run import Run, Settings
 from attrbox.plots import plot_comparison
+from attrbox.seeds import check_seeds
 from attrbox.shapes import Attribution, Coverage
 from attrbox.targets import Target, TargetLike
 
@@ -99,21 +100,7 @@ def compare(
     Raises:
         AttrboxError: see `attrbox.errors`; nothing is changed then either.
     """
-    if isinstance(methods, str) or not methods:
-        raise OptionError(
-            f"Expected a list of methods, such as ['saliency', ('integrated_gradients', {{'steps': 100}})], "
-            f"got {methods!r}."
-        )
-    chosen: dict[str, tuple[MethodSpec, Method]] = {}
-    for entry in methods:
-        name, options = (entry, {}) if isinstance(entry, str) else _pair(entry)
-        spec = registry[name]
-        label = spec.name
-        if label in chosen:
-            label = f"{label}({', '.join(f'{key}={_short(value)}' for key, value in options.items())})"
-        if label in chosen:
-            raise OptionError(f"The method {label!r} is listed twice with the same options.")
-        chosen[label] = (spec, spec.create(options))
+    chosen = choose(registry, methods)
     return _run(model, images, chosen, _Call(target, seed, batch_size, precision, channels_last, progress))
 
 
@@ -210,7 +197,7 @@ def _run(model: nn.Module, images: Tensor, chosen: _Chosen, call: _Call) -> Comp
         images = images.clone() if images.is_inference() else images  # the clone is an ordinary tensor
     count = len(images)
     target = Target(call.target, count)
-    seeds = _seeds(call.seed, count)
+    seeds = check_seeds(call.seed, count)
     # Methods that replay the recorded pass go first, so that its memory is free when the others begin.
     order = sorted(chosen, key=lambda label: not _replays(chosen[label][1]))
     used = [method for _, method in chosen.values()]
@@ -269,26 +256,6 @@ def check_images(images: object) -> Tensor:
         bad = (~images.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
         raise InputError(f"Expected finite pixels, got NaN or infinity in images {bad[:10]}. Mend or leave out these.")
     return images
-
-
-def _seeds(seed: int | Sequence[int], count: int) -> tuple[int, ...]:
-    seeds = tuple(seed) if isinstance(seed, Sequence) else (seed,)
-    if not all(isinstance(one, int) and not isinstance(one, bool) for one in seeds):
-        raise OptionError(f"Expected the seed to be a whole number, or one per image, got {seed!r}.")
-    if isinstance(seed, Sequence) and len(seeds) != count:
-        raise OptionError(f"Expected one seed per image, {count} in all, got {len(seeds)}.")
-    return seeds
-
-
-def _short(value: object) -> str:
-    """An option in a label: a tensor by its shape."""
-    return f"tensor{list(value.shape)}" if isinstance(value, Tensor) else str(value)
-
-
-def _pair(entry: object) -> tuple[str, Mapping[str, Any]]:
-    if isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[0], str) and isinstance(entry[1], Mapping):
-        return entry[0], entry[1]
-    raise OptionError(f"Expected a method's name or a pair (name, {{option: value}}), got {entry!r}.")
 
 
 def _replays(method: Method) -> bool:

@@ -21,6 +21,7 @@ from attrbox.engine.tape import Tape, record
 from attrbox.errors import InputError, ModelError
 from attrbox.memory import backing_off
 from attrbox.methods.base import identity
+from attrbox.seeds import numbers
 from attrbox.targets import Target, unwrap
 
 T = TypeVar("T")
@@ -303,17 +304,7 @@ class Run:
     def numbers(self, draw: int, shape: Sequence[int], uniform: bool = False) -> Tensor:
         """Standard normal numbers, or uniform ones in [0, 1): draw `draw` of each image's stream, [1 or n, *shape]."""
         seeds = self.settings.seeds
-        seeds = seeds if len(seeds) == 1 else seeds[self.rows]
-        like = self.images
-        if like.is_meta:
-            return like.new_empty((len(seeds), *shape))
-        generator = torch.Generator(like.device)
-        numbers = []
-        for seed in seeds:
-            generator.manual_seed(_mixed(seed, draw))
-            function = torch.rand if uniform else torch.randn
-            numbers.append(function(*shape, generator=generator, device=like.device, dtype=like.dtype))
-        return torch.stack(numbers)
+        return numbers(seeds if len(seeds) == 1 else seeds[self.rows], draw, shape, self.images, uniform)
 
     def _noise(self, draws: slice) -> Tensor:
         return torch.stack([self.normal(draw) for draw in range(draws.start, draws.stop)])
@@ -414,14 +405,6 @@ class Run:
 
 def _steps(nodes: Tensor, like: Tensor) -> Tensor:
     return nodes.view(-1, *(1,) * like.dim())
-
-
-def _mixed(seed: int, draw: int) -> int:
-    """A seed of 63 bits for one draw of one stream (SplitMix64's finaliser, so that neighbours are unrelated)."""
-    z = (seed * 0x9E3779B97F4A7C15 + (draw + 1) * 0xD1B54A32D192ED03) % 2**64
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
-    return (z ^ (z >> 31)) % 2**63
 
 
 def _midpoint(steps: int) -> tuple[Any, Any]:
