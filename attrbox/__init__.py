@@ -14,9 +14,18 @@ from attrbox.methods import cam, gradient, learned, noise, path, propagation, ra
 from attrbox.methods.base import Method, methods, option, register_method
 from attrbox.methods.propagation import register_rule, rules
 from attrbox.methods.run import Run
-from attrbox.metrics import curves, road  # registers the metrics
+from attrbox.metrics import (  # registers the metrics
+    axioms,
+    complexity,
+    curves,
+    localization,
+    road,
+    robustness,
+    sanity,
+)
 from attrbox.metrics.base import Measurement, Metric, list_metrics, metrics, register_metric
 from attrbox.metrics.results import Evaluation
+from attrbox.metrics.roar import Roar, roar
 from attrbox.metrics.scores import Score
 from attrbox.metrics.study import Study, Views
 from attrbox.shapes import Attribution, Coverage
@@ -28,7 +37,7 @@ except PackageNotFoundError:  # run from a source tree that is not installed
     __version__ = "0"
 
 del cam, gradient, learned, noise, path, propagation, random, version, PackageNotFoundError
-del curves, road
+del axioms, complexity, curves, localization, road, robustness, sanity
 
 __all__ = [
     "Attribution",
@@ -38,6 +47,7 @@ __all__ = [
     "Measurement",
     "Method",
     "Metric",
+    "Roar",
     "Rule",
     "Run",
     "Score",
@@ -57,6 +67,7 @@ __all__ = [
     "register_method",
     "register_metric",
     "register_rule",
+    "roar",
     "rules",
     "top",
 ]

@@ -36,7 +36,7 @@ from attrbox.metrics.sources import (
     read,
 )
 from attrbox.metrics.study import Study
-from attrbox.seeds import check_seeds
+from attrbox.seeds import check_seeds, mixed
 from attrbox.targets import Target, TargetLike, classes, top
 
 MetricLike: TypeAlias = "str | tuple[str, Mapping[str, Any]]"
@@ -77,8 +77,9 @@ def evaluate(
         explainers: how maps of a plain mapping were made, for metrics that explain again: a method's name,
             (name, options), or a function (model, images, target, seeds) -> maps.
         controls: add the controls; a method of the same name takes their place.
-        seed: for ties, noise and draws, and for the intervals. One seed gives every image the same stream; a sequence
-            of N gives each its own. A score depends on its image and its seed, not on its batch mates or the chunk.
+        seed: for ties, noise and draws, and for the intervals. From one seed each image gets a stream of its own, by its
+            place in the call; a sequence of N names the streams. A score depends on its image and stream, not on its
+            batch mates or the chunk.
         batch_size: images per forward pass; default: by memory, and halved when memory runs out.
         channels_last: show the model images in this memory format, which is faster; results differ by rounding.
         progress: show a progress bar on long work, if a terminal is there to show it.
@@ -104,7 +105,7 @@ def evaluate(
         controls=extra,
         metrics={label: metric for label, (_, metric) in chosen.items()},
         target=_target(target, sources, len(images)),
-        seeds=check_seeds(seed, len(images)),
+        seeds=_streams(seed, len(images)),
         masks=_masks(masks, images),
         batch_size=batch_size,
         channels_last=channels_last,
@@ -146,6 +147,12 @@ def _target(target: TargetLike, sources: Mapping[str, Source], count: int) -> Ta
     if given.indices is not None and not torch.equal(given.indices.flatten().expand(count), known.cpu().long()):
         raise InputError("The maps explain other targets than those given. Leave the target out, or explain these.")
     return Target(known, count)
+
+
+def _streams(seed: int | Sequence[int], count: int) -> tuple[int, ...]:
+    """A stream for each image: controls would not be independent, nor their intervals true, if images shared one."""
+    seeds = check_seeds(seed, count)
+    return tuple(mixed(seeds[0], index) for index in range(count)) if isinstance(seed, int) else seeds
 
 
 def _masks(masks: Tensor | Sequence[Tensor] | None, images: Tensor) -> list[Tensor] | None:
@@ -219,7 +226,7 @@ class _Plan:
 
     def _study(self, model: nn.Module | None, rows: slice, per_pass: int, progress: Callable[[int], Any]) -> Study:
         images = self.images[rows]
-        seeds = self.seeds if len(self.seeds) == 1 else self.seeds[rows]
+        seeds = self.seeds[rows]
         maps = {label: chunk(label, source, rows, images) for label, source in self.sources.items()}
         maps |= {label: control_maps(one, images, seeds) for label, one in self.controls.items()}
         known = self.target.indices
@@ -228,7 +235,7 @@ class _Plan:
             images=images,
             maps=maps,
             rows=rows,
-            seeds=self.seeds,
+            seeds=seeds,
             target=self.target,
             model=model,
             indices=indices if model is None else None,

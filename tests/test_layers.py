@@ -33,7 +33,7 @@ LAYERS = [
     ["attrbox.metrics.scores", "attrbox.metrics.sources"],
     ["attrbox.metrics.figures"],
     ["attrbox.metrics.results"],
-    ["attrbox.metrics.curves"],
+    ["attrbox.metrics.curves", "attrbox.metrics.similarity", "attrbox.metrics.training"],
     ["attrbox.metrics"],
     ["attrbox.evaluate"],
     ["attrbox.data", "attrbox.models"],

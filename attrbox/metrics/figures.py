@@ -53,7 +53,7 @@ def plot_scores(
     metrics = {metric: {label: row[metric] for label, row in scores.items()} for metric in next(iter(scores.values()))}
     columns = min(columns, len(metrics))
     rows = -(-len(metrics) // columns)
-    styles = _styles(scores, controls)
+    style = styles(tuple(scores), controls)
     legend = any(score.curves is not None for row in scores.values() for score in row.values())
     foot = 0.2 * -(-len(scores) // (2 * columns)) + 0.1 if legend else 0
     heights = max(_PANEL[1], 0.24 * len(scores) + 0.8)
@@ -68,11 +68,11 @@ def plot_scores(
         panel.tick_params(labelsize=_SMALL)
         panel.spines[["top", "right"]].set_visible(False)
         if first.curves is None:
-            _draw_dots(panel, by_method, styles)
+            _draw_dots(panel, by_method, style)
         else:
-            _draw_curves(panel, by_method, styles)
+            _draw_curves(panel, by_method, style)
     if legend:
-        lines = [matplotlib.lines.Line2D([], [], label=label, **style) for label, style in styles.items()]
+        lines = [matplotlib.lines.Line2D([], [], label=label, **look) for label, look in style.items()]
         figure.legend(
             handles=lines,
             loc="outside lower center",
@@ -86,18 +86,18 @@ def plot_scores(
     return figure
 
 
-def _styles(scores: Mapping[str, object], controls: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Colour and line of each method."""
+def styles(labels: Sequence[str], controls: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Colour and line of each method; grey for the controls."""
     colours = matplotlib.color_sequences["tab10"]
     colours = [colour for index, colour in enumerate(colours) if index != 7]  # grey is for the controls
-    styles: dict[str, dict[str, Any]] = {}
-    methods = [label for label in scores if label not in controls]
+    looks: dict[str, dict[str, Any]] = {}
+    methods = [label for label in labels if label not in controls]
     for index, label in enumerate(methods):
         line = _LINES[index // len(colours) % len(_LINES)]
-        styles[label] = {"color": colours[index % len(colours)], "linestyle": line, "linewidth": 1.4}
+        looks[label] = {"color": colours[index % len(colours)], "linestyle": line, "linewidth": 1.4}
     for index, label in enumerate(controls):
-        styles[label] = {"color": _GREY, "linestyle": _LINES[index % len(_LINES)], "linewidth": 1.4}
-    return {label: styles[label] for label in scores}
+        looks[label] = {"color": _GREY, "linestyle": _LINES[index % len(_LINES)], "linewidth": 1.4}
+    return {label: looks[label] for label in labels}
 
 
 def _draw_curves(panel: Axes, scores: dict[str, Score], styles: dict[str, dict[str, Any]]) -> None:

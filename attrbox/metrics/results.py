@@ -76,7 +76,7 @@ class Evaluation(Mapping[str, Mapping[str, Score]]):
     def table(self, digits: int = 3) -> str:
         """Methods by metrics as a Markdown table: mean, 95 % interval, and how many samples were left out.
 
-        An arrow says where better is. In bold the best, and what is not significantly worse.
+        An arrow says where better is. The best is bold; what is not significantly worse is in italics.
         """
         arrows = {"higher": "↑", "lower": "↓"}
         by_metric = {metric: self.by_metric(metric) for metric in self.metrics}
@@ -84,7 +84,7 @@ class Evaluation(Mapping[str, Mapping[str, Score]]):
         lines = ["| " + " | ".join(["method", *headers]) + " |", "|---|" + "---:|" * len(headers)]
         best = {metric: self.best(metric) for metric in self.metrics}
         for label in self.scores:
-            cells = [_cell(scores[label], label in best[metric], digits) for metric, scores in by_metric.items()]
+            cells = [_cell(scores[label], _mark(label, best[metric]), digits) for metric, scores in by_metric.items()]
             name = f"{label} (control)" if label in self.controls else label
             lines.append("| " + " | ".join([name, *cells]) + " |")
         return "\n".join(lines)
@@ -146,9 +146,13 @@ def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
         writer.writerows(rows)
 
 
-def _cell(score: Score, best: bool, digits: int) -> str:
+def _mark(label: str, best: Sequence[str]) -> str:
+    return "" if label not in best else "**" if label == best[0] else "*"
+
+
+def _cell(score: Score, mark: str, digits: int) -> str:
     low, high = score.interval
     mean = f"{score.mean:.{digits}f}"
     left = int(score.left_out.sum())
     note = f" ({left} left out)" if left else ""
-    return f"{f'**{mean}**' if best else mean} [{low:.{digits}f}, {high:.{digits}f}]{note}"
+    return f"{mark}{mean}{mark} [{low:.{digits}f}, {high:.{digits}f}]{note}"

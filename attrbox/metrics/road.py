@@ -116,7 +116,7 @@ class Road(RankCurve):
         imputed = torch.stack([impute(image, missing[0]) for image, missing in zip(images, taken, strict=True)])
         if self.noise:
             noise = study.once(("noise of road",), lambda: study.numbers(_NOISE, images.shape[1:]))
-            imputed = imputed + self.noise * taken * (noise if len(noise) == 1 else noise[rows])
+            imputed = imputed + self.noise * taken * noise[rows]
         return imputed
 
 

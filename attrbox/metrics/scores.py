@@ -72,7 +72,7 @@ class Score:
     @property
     def mean_curve(self) -> Tensor | None:
         """The mean curve of the samples that are not left out, [points]."""
-        return None if self.curves is None else self.curves[~self.left_out].mean(0)
+        return None if self.curves is None else self.curves[~self.left_out].nanmean(0)
 
     def curve_interval(self) -> NDArray[Any] | None:
         """The 95 % bootstrap interval of each point of the mean curve, [points, 2]."""

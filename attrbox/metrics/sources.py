@@ -18,7 +18,7 @@ from attrbox.hdf5 import dataset_name
 from attrbox.methods.base import methods as registry
 from attrbox.metrics.study import Explainer, Maps, Recipe
 from attrbox.seeds import numbers
-from attrbox.shapes import Attribution
+from attrbox.shapes import Attribution, ChannelReduction
 
 MapsLike: TypeAlias = "Mapping[str, Any] | h5py.File"
 # What makes maps again: a function, a method, or a method with its options.
@@ -45,7 +45,7 @@ class Source:
     """
 
     values: Any
-    reduction: str = "sum"
+    reduction: ChannelReduction = "sum"
     target: Tensor | None = None
     function: bool = False
     explainer: Explainer | None = None
@@ -114,9 +114,8 @@ def _in_file(file: h5py.Group) -> dict[str, Source]:
                 f"Only {int(done.sum())} of {len(done)} maps of {label!r} are in the file. Finish writing it first."
             )
         seed = samples["seed"][()].tolist() if "seed" in samples else int(attributes.get("seed", 0))
-        sources[label] = Source(
-            dataset, attributes.get("reduction", "sum"), target, target is None, _recipe(attributes, seed)
-        )
+        reduction: ChannelReduction = "max" if attributes.get("reduction") == "max" else "sum"
+        sources[label] = Source(dataset, reduction, target, target is None, _recipe(attributes, seed))
     return sources
 
 
@@ -175,10 +174,7 @@ def chunk(label: str, source: Source, rows: slice, images: Tensor) -> Maps:
         )
     if images.dim() > 2 and values.dim() == images.dim() - 1:
         values = values[:, None]
-    heatmap = values
-    if images.dim() > 2:
-        heatmap = values.amax(1) if source.reduction == "max" else values.sum(1)
-    return Maps(values, heatmap, source.explainer)
+    return Maps(values, source.reduction if values.dim() > 2 else "sum", source.explainer)
 
 
 def check_shapes(sources: Mapping[str, Source], images: Tensor) -> None:
@@ -217,7 +213,7 @@ def random_control(model: nn.Module | None, images: Tensor, target: Tensor | Non
     """Standard normal numbers from the seed of each image alone, [n, 1, H, W] ([n, D] for vectors)."""
     del model, target
     shape = images.shape[1:] if images.dim() == 2 else (1, *images.shape[2:])
-    return numbers(seeds, _CONTROL, shape, images).expand(len(images), *shape)
+    return numbers(seeds, _CONTROL, shape, images)
 
 
 def sobel_control(model: nn.Module | None, images: Tensor, target: Tensor | None, seeds: Sequence[int]) -> Tensor:
@@ -238,5 +234,4 @@ def defined_controls(images: Tensor) -> dict[str, Control]:
 
 def control_maps(control: Control, images: Tensor, seeds: Sequence[int]) -> Maps:
     """The maps of a control."""
-    values = control(None, images, None, seeds)
-    return Maps(values, values if images.dim() == 2 else values[:, 0], control)
+    return Maps(control(None, images, None, seeds), "sum", control)

@@ -5,7 +5,8 @@ that do not care which metric, method or image a view belongs to.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal, TypeAlias, TypeVar, cast
 
 import torch
@@ -17,6 +18,7 @@ from attrbox.errors import InputError, OptionError
 from attrbox.memory import backing_off
 from attrbox.perturbations import fill_images
 from attrbox.seeds import numbers, permutations
+from attrbox.shapes import ChannelReduction
 from attrbox.targets import Target, unwrap
 
 T = TypeVar("T")
@@ -47,18 +49,23 @@ class Maps:
     """The maps of one method.
 
     Attributes:
-        values: [n, C or 1, H, W], as the method made them.
-        heatmap: [n, H, W], the channels reduced as the method wants it.
+        values: [n, C or 1, H, W], as the method made them; [n, D] for vectors.
+        reduction: how the channels become one map: their sum, or the largest.
         explainer: makes them again, if that is possible.
     """
 
     values: Tensor
-    heatmap: Tensor
+    reduction: ChannelReduction = "sum"
     explainer: Explainer | None = None
 
-    @property
+    @cached_property
+    def heatmap(self) -> Tensor:
+        """The channels reduced as the method wants it, [n, H, W]."""
+        return self.pixels if self.reduction == "sum" else self.values.amax(1)
+
+    @cached_property
     def pixels(self) -> Tensor:
-        """The sum over the channels, [n, H, W], whatever the method's own reduction."""
+        """The sum over the channels, whatever the method's own reduction, [n, H, W]."""
         return self.values.sum(1) if self.values.dim() > 2 else self.values
 
 
@@ -89,7 +96,7 @@ class Study:
         images: [n, C, H, W], or [n, D], [n, C, L], ...
         maps: label -> maps of these images.
         rows: which of the call's samples these are.
-        seeds: one for all images, or one each.
+        seeds: the random streams of these images, one each.
         target: what is explained.
         model: in evaluation mode; None if no metric asks for it.
         indices: class indices [n, 1]; None for a target function, or if nobody knows the classes.
@@ -138,18 +145,13 @@ class Study:
 
     # ------------------------------------------------------------------------------------------------- random numbers
 
-    @property
-    def own_seeds(self) -> Sequence[int]:
-        """The seeds of these images: one for all, or one each."""
-        return self.seeds if len(self.seeds) == 1 else self.seeds[self.rows]
-
     def numbers(self, draw: int, shape: Sequence[int], uniform: bool = False) -> Tensor:
-        """Standard normal numbers, or uniform ones in [0, 1), of each image's own stream, [1 or n, *shape]."""
-        return numbers(self.own_seeds, draw, shape, self.images, uniform)
+        """Standard normal numbers, or uniform ones in [0, 1), of each image's own stream, [n, *shape]."""
+        return numbers(self.seeds, draw, shape, self.images, uniform)
 
     def permutations(self, draw: int, size: int) -> Tensor:
-        """A random order of `size` things from each image's own stream, [1 or n, size]."""
-        return permutations(self.own_seeds, draw, size, self.images.device)
+        """A random order of `size` things from each image's own stream, [n, size]."""
+        return permutations(self.seeds, draw, size, self.images.device)
 
     def fill(self, fill: float | str, sigma: float | None = None) -> Tensor:
         """What removed pixels show, [1 or n, C, H, W]; see `attrbox.perturbations.fill_images`."""
@@ -170,7 +172,7 @@ class Study:
         def compute() -> Tensor:
             first = next(iter(self.maps.values())).heatmap
             cells = self.regions(first, region)[0].numel()
-            shuffled = self.permutations(_TIES, cells).expand(len(self), -1)
+            shuffled = self.permutations(_TIES, cells)
             places = torch.arange(cells, device=first.device, dtype=torch.int32).expand(len(self), -1)
             ranks = torch.empty(len(self.maps), len(self), cells, dtype=torch.int32, device=first.device)
             for row, maps in zip(ranks, self.maps.values(), strict=True):
@@ -275,8 +277,8 @@ class Study:
         log = outputs.log_softmax(1).gather(1, indices)[:, 0].to(self.images.dtype)
         return log.exp() if scoring == "prob" else log
 
-    def explain(self, model: nn.Module, images: Tensor) -> dict[str, Tensor]:
-        """The maps of all methods for other images, or another model: label -> values [n, C or 1, H, W].
+    def explain(self, model: nn.Module, images: Tensor) -> dict[str, Maps]:
+        """The maps of all methods for other images, or another model, by label.
 
         The target stays that of the study's images. Methods of the registry share their passes.
         """
@@ -290,8 +292,11 @@ class Study:
         for label, one in explainers.items():
             if callable(one):
                 with torch.enable_grad():
-                    made[label] = one(model, images, self.classes, self.own_seeds)
-        return {label: made[label].detach().to(self.images) for label in self.maps}
+                    made[label] = one(model, images, self.classes, self.seeds)
+        return {
+            label: replace(maps, values=made[label].detach().to(self.images).view_as(maps.values))
+            for label, maps in self.maps.items()
+        }
 
     def _compared(
         self, model: nn.Module, images: Tensor, recipes: Mapping[str, Recipe], seed: int | Sequence[int]
