@@ -77,9 +77,9 @@ def evaluate(
         explainers: how maps of a plain mapping were made, for metrics that explain again: a method's name,
             (name, options), or a function (model, images, target, seeds) -> maps.
         controls: add the controls; a method of the same name takes their place.
-        seed: for ties, noise and draws, and for the intervals. From one seed each image gets a stream of its own, by its
-            place in the call; a sequence of N names the streams. A score depends on its image and stream, not on its
-            batch mates or the chunk.
+        seed: for ties, noise and draws, and for the intervals. From one seed each image gets a stream of its own, by
+            its place in the call; a sequence of N names the streams. A score depends on its image and stream, not on
+            its batch mates or the chunk.
         batch_size: images per forward pass; default: by memory, and halved when memory runs out.
         channels_last: show the model images in this memory format, which is faster; results differ by rounding.
         progress: show a progress bar on long work, if a terminal is there to show it.
@@ -98,7 +98,8 @@ def evaluate(
         images = images.clone() if images.is_inference() else images  # the clone is an ordinary tensor
     sources = read(maps, explainers)
     check_shapes(sources, images)
-    extra = {name: one for name, one in defined_controls(images).items() if controls and name not in sources}
+    defined = defined_controls(images)
+    extra = {name: one for name, one in defined.items() if controls and name not in sources}
     plan = _Plan(
         images=images,
         sources=sources,
@@ -128,7 +129,7 @@ def evaluate(
         }
         for label in (*sources, *extra)
     }
-    return Evaluation(scores, tuple(extra))
+    return Evaluation(scores, tuple(label for label in scores if label in defined))
 
 
 # ------------------------------------------------------------------------------------------------------ what is checked

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from matplotlib.path import Path as Polygon
 from torch import Tensor
 
 from attrbox.errors import InputError
@@ -134,13 +134,13 @@ def coco_objects(
 
 
 def _polygons(outlines: Sequence[Sequence[float]], height: int, width: int) -> Tensor:
-    """The pixels inside of polygons x0, y0, x1, y1, ..., bool [H, W]."""
-    picture = Image.new("1", (width, height))
-    draw = ImageDraw.Draw(picture)
+    """The pixels whose centres lie inside of polygons x0, y0, x1, y1, ..., bool [H, W]."""
+    y, x = np.mgrid[:height, :width] + 0.5
+    centres = np.stack([x.ravel(), y.ravel()], 1)
+    inside = np.zeros(height * width, dtype=bool)
     for outline in outlines:
-        points = np.asarray(outline, dtype=float).reshape(-1, 2)
-        draw.polygon([(x - 0.5, y - 0.5) for x, y in points.tolist()], fill=1)  # PIL counts from centre to centre
-    return torch.from_numpy(np.array(picture))
+        inside |= Polygon(np.asarray(outline, dtype=float).reshape(-1, 2)).contains_points(centres)
+    return torch.from_numpy(inside.reshape(height, width))
 
 
 def _with_difficulty(masks: Mapping[Any, Tensor]) -> dict[Any, Objects]:

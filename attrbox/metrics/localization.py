@@ -41,7 +41,7 @@ class Localization(Metric):
     def measure(self, study: Study, outputs: Sequence[Tensor]) -> Mapping[str, Measurement]:
         if study.images.dim() != 4 or study.masks is None:
             raise InputError(f"Localisation needs images [N, C, H, W], got {list(study.images.shape)}.")
-        numbers = study.numbers(_CHOICE, (), uniform=True).tolist()
+        numbers = study.numbers(_CHOICE, (1,), uniform=True)[:, 0].tolist()
         return {
             label: Measurement(
                 study.images.new_tensor(
