@@ -114,21 +114,21 @@ def evaluate(
     )
     plan.check(model)
     measured = plan.run(model)
-    base = seed if isinstance(seed, int) else 0
-    scores = {
-        label: {
-            name: Score.joined(
-                [part[name][label] for part in measured],
-                metric=spec.name,
-                better=spec.better,
-                options=spec.settings(metric),
-                axis=metric.axis,
-                seed=base,
-            )
-            for name, (spec, metric) in chosen.items()
+    with torch.inference_mode(False):
+        scores = {
+            label: {
+                name: Score.joined(
+                    [part[name][label] for part in measured],
+                    metric=spec.name,
+                    better=spec.better,
+                    options=spec.settings(metric),
+                    axis=metric.axis,
+                    seed=seed if isinstance(seed, int) else 0,
+                )
+                for name, (spec, metric) in chosen.items()
+            }
+            for label in (*sources, *extra)
         }
-        for label in (*sources, *extra)
-    }
     return Evaluation(scores, tuple(label for label in scores if label in defined))
 
 

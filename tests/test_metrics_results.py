@@ -9,10 +9,10 @@ import torch
 from scipy import stats
 
 from attrbox.errors import FileError, OptionError, UnknownNameError
+from attrbox.metrics import statistics
 from attrbox.metrics.base import Measurement
 from attrbox.metrics.results import Evaluation
 from attrbox.metrics.scores import Score
-from attrbox.metrics import statistics
 from attrbox.metrics.statistics import bootstrap_interval, grouped_mean, holm, paired_tests
 
 NAN = math.nan
