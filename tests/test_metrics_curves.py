@@ -307,3 +307,28 @@ def test_road_curves_are_those_of_the_imputed_images():
     assert accuracy.fractions.tolist() == pytest.approx(
         [0, *(round(f * 64) / 64 for f in (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9))]
     )
+
+
+@pytest.mark.parametrize("region", [1, 2])
+def test_the_ends_of_an_order_are_those_of_the_whole(region):
+    """Also with ties, negative values and both zeros, and for both ways of finding them."""
+    from attrbox.metrics.study import Maps, Study
+    from attrbox.targets import Target
+
+    values = (3 * images(5, 1, 12, 12, dtype=torch.float32)).round()
+    values[0, 0, :2] = torch.tensor([0.0, -0.0]).repeat(12).view(2, 12)
+    values[1] = -1.0
+    study = Study(
+        images=values,
+        maps={"a": Maps(values), "b": Maps(values / 7)},
+        rows=slice(0, 5),
+        seeds=(1, 2, 3, 4, 5),
+        target=Target(0, 5),
+    )
+    whole, reverse = study.order(region)
+    first, last = study.order(region, 7)
+    assert first.shape == (2, 5, 7)
+    assert torch.equal(first, whole[..., :7])
+    assert torch.equal(last, reverse[..., :7])
+    assert torch.equal(reverse, whole.flip(-1))
+    assert not torch.equal(whole[0, 1], whole[0, 1].sort().values)  # constant: the seed's order

@@ -31,6 +31,7 @@ class RankCurve(Metric):
     Attributes:
         largest_first: the order: from the largest value down, or from the smallest up.
         inserting: whether pixels come back into the fill, instead of giving way to it.
+        imputes: whether `removed` does something else than to fill in.
     """
 
     score: Scoring = option("logit", "logit, prob, log_prob or accuracy")
@@ -41,6 +42,7 @@ class RankCurve(Metric):
     axis = "share of pixels removed"
     largest_first: ClassVar[bool] = True
     inserting: ClassVar[bool] = False
+    imputes: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_choice("score", self.score, SCORINGS)
@@ -81,31 +83,48 @@ class RankCurve(Metric):
         return [count for count in self.counts(cells) if count != same]
 
     def views(self, study: Study) -> Sequence[Views]:
-        ranks = study.ranks(self.region)
-        labels, n, cells = ranks.shape
-        device = ranks.device
-        limits = torch.tensor(self._shown(cells), device=device, dtype=torch.int32)
+        counts, cells = self._shown(study.cells(self.region)), study.cells(self.region)
+        first, last = study.order(self.region, counts[-1])
+        order = first if self.largest_first else last
+        labels, n, _ = order.shape
         fill = self.filling(study)
-
+        points, device = len(counts), order.device
         # View v is point v % points of image v // points % n of method v // points // n.
-        points = len(limits)
         rows = torch.arange(n, device=device).repeat_interleave(points).repeat(labels)
 
-        def make(part: slice) -> Tensor:
-            place = torch.arange(part.start, part.stop, device=device)
-            row, limit = rows[part], limits[place % points, None]
-            rank = ranks[place // points // n, row]
-            taken = rank < limit if self.largest_first else rank >= cells - limit
-            taken = study.spread(taken, self.region)
-            images, shown = study.images[row], fill if len(fill) == 1 else fill[row]
-            if self.inserting:
-                return torch.where(taken, images, shown)
-            return self.removed(study, images, taken, shown, row)
+        def chosen(part: slice) -> list[Tensor]:
+            """The cells that change in each view."""
+            return [
+                order[v // points // n, v // points % n, : counts[v % points]] for v in range(part.start, part.stop)
+            ]
 
-        return (Views(rows, make, self.score),)
+        def make(part: slice) -> Tensor:
+            row = rows[part]
+            shown = fill if len(fill) == 1 else fill[row]
+            taken = torch.zeros(len(row), cells, dtype=torch.bool, device=device)
+            for mask, some in zip(taken, chosen(part), strict=True):
+                mask[some] = True
+            taken = study.spread(taken, self.region)
+            if self.inserting:
+                return torch.where(taken, study.images[row], shown)
+            return self.removed(study, study.images[row], taken, shown, row)
+
+        def make_in_place(part: slice) -> Tensor:
+            """The same where single pixels give way to a fill: few of them are written, in the format of the batch."""
+            row = rows[part]
+            pictures = study.by_pixel[row]
+            places = row.tolist()
+            for picture, place, some in zip(pictures, places, chosen(part), strict=True):
+                picture[some] = flat[place][some] if len(flat) > 1 else flat[0][some]
+            return pictures.view(len(row), *study.shape, -1).movedim(-1, 1)
+
+        if self.region > 1 or self.inserting or self.imputes or study.images.dim() != 4:
+            return (Views(rows, make, self.score),)
+        flat = fill.expand(len(fill), *study.images.shape[1:]).flatten(2).transpose(1, 2)
+        return (Views(rows, make_in_place, self.score),)
 
     def measure(self, study: Study, outputs: Sequence[Tensor]) -> Mapping[str, Measurement]:
-        cells = study.ranks(self.region).shape[2]
+        cells = study.cells(self.region)
         counts, shown = self.counts(cells), self._shown(cells)
         original = study.original(self.score)
         scores = outputs[0].view(len(study.maps), len(study), len(shown))

@@ -93,6 +93,8 @@ class Road(RankCurve):
     """The curve is that of each image: 1 as long as the target is the model's first choice."""
 
     fractions: tuple[float, ...] = option((0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9), "shares of the pixels removed")
+    imputes = True
+
     noise: float = option(0.01, "standard deviation of the noise on imputed pixels")
     score: Scoring = option("accuracy", "logit, prob, log_prob or accuracy")
     relative: bool = option(False, "divide by the score of the image itself")

@@ -4,6 +4,7 @@ Metrics name the images that the model shall see (`Views`); `Study.scores_of` sh
 that do not care which metric, method or image a view belongs to.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -163,25 +164,37 @@ class Study:
 
     # ------------------------------------------------------------------------------------------------------- rankings
 
-    def ranks(self, region: int = 1) -> Tensor:
-        """The rank of each pixel, or region of `region` x `region` pixels, [labels, n, cells]; 0 is the largest value.
+    def order(self, region: int = 1, most: int | None = None) -> tuple[Tensor, Tensor]:
+        """The pixels, or regions of `region` x `region` pixels, of each map from the largest value down and from the
+        smallest up: two tensors of indices [labels, n, cells], or at least the first `most` of both.
 
-        Ties are broken at random: by the image's seed, and alike for all methods. A region counts by its sum.
+        One order is the reverse of the other. Ties are broken at random: by the image's seed, and alike for all
+        methods. A region counts by its sum.
         """
 
-        def compute() -> Tensor:
-            first = next(iter(self.maps.values())).heatmap
-            cells = self.regions(first, region)[0].numel()
-            shuffled = self.permutations(_TIES, cells)
-            places = torch.arange(cells, device=first.device, dtype=torch.int32).expand(len(self), -1)
-            ranks = torch.empty(len(self.maps), len(self), cells, dtype=torch.int32, device=first.device)
-            for row, maps in zip(ranks, self.maps.values(), strict=True):
-                values = self.regions(maps.heatmap, region).flatten(1).gather(1, shuffled)
-                order = torch.sort(values, dim=1, descending=True, stable=True).indices
-                row.scatter_(1, shuffled.gather(1, order), places)
-            return ranks
+        def compute() -> tuple[Tensor, Tensor]:
+            parts = [self._ordered(self.regions(maps.heatmap, region).flatten(1), most) for maps in self.maps.values()]
+            return torch.stack([first for first, _ in parts]), torch.stack([last for _, last in parts])
 
-        return self.once(("ranks", region), compute)
+        return self.once(("order", region, most), compute)
+
+    def _ordered(self, values: Tensor, most: int | None) -> tuple[Tensor, Tensor]:
+        """Both orders of values [n, cells]."""
+        cells = values.shape[1]
+        shuffled = self.once(("ties", cells), lambda: self.permutations(_TIES, cells))
+        if most is None or most > cells // 4 or values.dtype != torch.float32 or cells >= 2**31:
+            order = torch.sort(values.gather(1, shuffled), dim=1, descending=True, stable=True).indices
+            order = shuffled.gather(1, order)
+            return order, order.flip(1)
+        # The ends of the order alone are a fraction of the work. Each pixel gets a key of its own, so that these are
+        # the ends of one order: the bits of its value, which sort like integers, then its place in the shuffled order.
+        bits = (values + 0.0).view(torch.int32)  # adding zero makes -0 an ordinary zero
+        keys = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long() << 31
+        places = torch.arange(cells, device=values.device).expand_as(shuffled)
+        keys -= self.once(("tie places", cells), lambda: torch.empty_like(shuffled).scatter_(1, shuffled, places))
+        ends = (keys.topk(most, dim=1, largest=largest).indices for largest in (True, False))
+        first, last = ends
+        return first, last
 
     def regions(self, heatmap: Tensor, region: int) -> Tensor:
         """Sums over regions of `region` x `region` pixels, those at the right and lower border cut, [n, h, w].
@@ -200,6 +213,10 @@ class Study:
         down, across = padded.shape[1] // region, padded.shape[2] // region
         return padded.view(len(padded), down, region, across, region).sum((2, 4))
 
+    def cells(self, region: int) -> int:
+        """How many regions an image has."""
+        return self.pixels if region == 1 else math.prod(-(-length // region) for length in self.shape)
+
     def spread(self, cells: Tensor, region: int) -> Tensor:
         """Cells [m, cells] as pixels that broadcast to images, [m, 1, H, W] ([m, D] for vectors)."""
         if region > 1:
@@ -208,6 +225,11 @@ class Study:
             grid = grid.repeat_interleave(region, 1).repeat_interleave(region, 2)
             return grid[:, None, :height, :width]
         return cells if self.images.dim() == 2 else cells.view(len(cells), 1, *self.shape)
+
+    @property
+    def by_pixel(self) -> Tensor:
+        """The images with the channels last, [n, H * W, C], from which batches in that memory format are made."""
+        return self.once(("by pixel",), lambda: self.images.flatten(2).transpose(1, 2).contiguous())
 
     # ------------------------------------------------------------------------------------------------------ the model
 
