@@ -9,7 +9,21 @@ from importlib.metadata import PackageNotFoundError, version
 from attrbox import errors
 from attrbox.compare import Comparison, compare, explain, list_methods
 from attrbox.engine.site import Rule, Site
-from attrbox.methods import cam, gradient, learned, noise, path, propagation, random  # registers the methods
+from attrbox.methods import (  # registers the methods
+    cam,
+    gradient,
+    kernel_shap,
+    learned,
+    lime,
+    mask,
+    noise,
+    occlusion,
+    path,
+    propagation,
+    random,
+    rise,
+    smask,
+)
 from attrbox.methods.base import Method, methods, option, register_method
 from attrbox.methods.propagation import register_rule, rules
 from attrbox.methods.run import Run
@@ -21,7 +35,8 @@ try:
 except PackageNotFoundError:  # run from a source tree that is not installed
     __version__ = "0"
 
-del cam, gradient, learned, noise, path, propagation, random, version, PackageNotFoundError
+del cam, gradient, kernel_shap, learned, lime, mask, noise, occlusion, path, propagation, random, rise, smask
+del version, PackageNotFoundError
 
 __all__ = [
     "Attribution",

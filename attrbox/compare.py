@@ -34,7 +34,7 @@ def list_methods() -> list[str]:
 
 
 def explain(
-    model: nn.Module,
+    model: nn.Module | Callable[[Tensor], Any],
     images: Tensor,
     method: str,
     *,
@@ -49,7 +49,9 @@ def explain(
     """Attribution maps of one method.
 
     Args:
-        model: any `nn.Module` that maps images to scores; run in evaluation mode and left as it was.
+        model: any `nn.Module` that maps images to scores; run in evaluation mode and left as it was. For methods
+            without gradients (`occlusion`, `rise`, `lime`, `kernel_shap`) any callable: a tensor of images to scores,
+            a tensor or an array.
         images: [N, C, H, W], as the model takes them (normalised); also [N, D], [N, C, L], [N, C, D, H, W].
         method: a name of `list_methods()` or an alias.
         target: what is explained (`attrbox.targets`); default: each sample's largest output.
@@ -75,7 +77,7 @@ def explain(
 
 
 def compare(
-    model: nn.Module,
+    model: nn.Module | Callable[[Tensor], Any],
     images: Tensor,
     methods: Sequence[MethodLike],
     *,
@@ -203,8 +205,9 @@ class _Call:
             raise OptionError(f"Expected batch_size to be a whole number >= 1, or None, got {size!r}.")
 
 
-def _run(model: nn.Module, images: Tensor, chosen: _Chosen, call: _Call) -> Comparison:
-    model = check_model(model)
+def _run(given: object, images: Tensor, chosen: _Chosen, call: _Call) -> Comparison:
+    differentiating = [label for label, (_, method) in chosen.items() if method.needs_gradients]
+    model = check_model(given, differentiating)
     with torch.inference_mode(False):
         images = check_images(images).detach()
         images = images.clone() if images.is_inference() else images  # the clone is an ordinary tensor
@@ -218,12 +221,13 @@ def _run(model: nn.Module, images: Tensor, chosen: _Chosen, call: _Call) -> Comp
     layers = list(dict.fromkeys(layer for method in used for layer in method.layers))
     replays = sum(len(method.rules) + len(method.layers) for method in used)
     chunks: list[_Chunk] = []
-    with untouched(model), _bar(count * sum(method.passes for method in used), call.progress) as bar:
+    passes = [method.passes_on(images) for method in used]
+    with untouched(model), _bar(count * sum(passes), call.progress) as bar:
         settings = Settings(target, seeds, call.precision, call.channels_last, bar.update)
         size = call.batch_size or images_per_pass(
             images,
-            lambda few: Run(model, few, settings, slice(0, 1), 1).bare_forward(),
-            wanted=count * max(1, *(method.passes for method in used)),
+            (lambda few: Run(model, few, settings, slice(0, 1), 1).bare_forward()) if differentiating else None,
+            wanted=count * max(1, *passes),
             held=max(method.memory for method in used),
         )
         start = 0
@@ -331,7 +335,7 @@ def _explain_chunk(run: Run, chosen: _Chosen, order: list[str], bar: Any) -> _Ch
         chunk.expected[label] = method.expected(run)
         chunk.coverage[label] = method.coverage(run)
         chunk.seconds[label] = clock.lap()
-        done += method.passes * len(scores)
+        done += method.passes_on(run.images) * len(scores)
         bar.update(done - bar.n)
     return chunk
 

@@ -65,15 +65,15 @@ class SavedBytes:
         return tensor
 
 
-def images_per_pass(images: Tensor, forward: Callable[[Tensor], object], wanted: int, held: float = 1.0) -> int:
+def images_per_pass(images: Tensor, forward: Callable[[Tensor], object] | None, wanted: int, held: float = 1.0) -> int:
     """How many images one forward and backward pass should take, at most `wanted`.
 
     Up to eight images are simply run. For more, one image is forwarded to see what it leaves in memory; a method may
-    hold `held` times as much.
+    hold `held` times as much. Without `forward` nothing is left behind: passes without gradients.
     """
     device = images.device
     limit = min(wanted, MOST_PER_PASS.get(device.type, 32))
-    if (limit <= 8 and held <= 1) or limit == 1 or images.is_meta:
+    if forward is None or (limit <= 8 and held <= 1) or limit == 1 or images.is_meta:
         return max(limit, 1)
     with SavedBytes() as saved:
         forward(images[:1].clone().requires_grad_())

@@ -15,10 +15,21 @@ from attrbox.errors import AttrboxError, ForwardError, TargetError
 METHODS = [name for name in attrbox.list_methods() if not attrbox.methods[name].required]
 LEARNED = {"learned", "learned_rank", "learned_clean"}
 CAM = {"grad_cam", "guided_grad_cam"}
+OPTIMISED = {"mask", "smask"}
+BLACK_BOX = {"occlusion", "rise", "lime", "kernel_shap"}
+ONE_CHANNEL = {"grad_cam"} | OPTIMISED | BLACK_BOX
+DRAWN = {"random", "smoothgrad", "squared_smoothgrad", "vargrad", "rise", "lime", "kernel_shap", "mask"} | LEARNED
+# Logits where a probability is the default: they can be compared with those that a target function picks.
 FAST = (
     {"integrated_gradients": {"steps": 5}}
     | {name: {"samples": 4} for name in ("smoothgrad", "squared_smoothgrad", "vargrad")}
     | {name: {"iterations": 3} for name in LEARNED}
+    | {"mask": {"iterations": 2, "step": 2, "score": "logit", "initial": "random"}}
+    | {"smask": {"iterations": 2, "step": 4, "sigma": 6.0, "areas": (0.1, 0.3), "levels": 3, "jitter": True}}
+    | {"occlusion": {"window": 3, "stride": 3}}
+    | {"rise": {"masks": 6, "grid": 3, "score": "logit"}}
+    | {"lime": {"samples": 12, "segments": 2, "score": "logit"}}
+    | {"kernel_shap": {"samples": 16, "segments": 3}}
 )
 
 
@@ -38,7 +49,7 @@ X = images(5, 3, 8, 8)
 class TestEveryMethod:
     def test_shape_dtype_and_meaning(self, model, method):
         maps = explain(model, X, method, target=[0, 1, 2, 3, 0])
-        channels = 1 if method == "grad_cam" else 3
+        channels = 1 if method in ONE_CHANNEL else 3
         assert maps.values.shape == (5, channels, 8, 8)
         assert maps.values.dtype == X.dtype
         assert maps.values.isfinite().all()
@@ -64,7 +75,7 @@ class TestEveryMethod:
     def test_a_target_function(self, model, method):
         maps = explain(model, X, method, target=lambda out: 2 * out[:, 1])
         assert maps.target is None
-        if method in LEARNED:  # the size of the masks weighs less against twice the score
+        if method in LEARNED | OPTIMISED:  # the size of the masks weighs less against twice the score
             maps = explain(model, X, method, target=lambda out: out[:, 1])
             torch.testing.assert_close(maps.values, explain(model, X, method, target=1).values)
             return
@@ -82,8 +93,7 @@ class TestEveryMethod:
     def test_second_call_is_the_same_and_seeds_matter_where_they_should(self, model, method):
         first = explain(model, X, method).values
         assert torch.equal(explain(model, X, method).values, first)
-        drawn = {"random", "smoothgrad", "squared_smoothgrad", "vargrad"} | LEARNED
-        assert torch.equal(explain(model, X, method, seed=1).values, first) == (method not in drawn)
+        assert torch.equal(explain(model, X, method, seed=1).values, first) == (method not in DRAWN)
         mixed = explain(model, X, method, seed=[0, 1, 0, 1, 0]).values
         torch.testing.assert_close(mixed[::2], first[::2])
 
@@ -100,6 +110,7 @@ class TestEveryMethod:
             "no spatial feature map": method in CAM and name == "vectors",
             "between two convolutions": method in LEARNED and name == "vectors",
             "blurs images": method in ("learned_rank", "learned_clean") and name in ("sequences", "volumes"),
+            r"needs images \[N, C, H, W\]": method in OPTIMISED and name in ("vectors", "sequences", "volumes"),
         }
         if reason := next((reason for reason, holds in refusals.items() if holds), None):
             with pytest.raises(AttrboxError, match=reason):
@@ -107,7 +118,7 @@ class TestEveryMethod:
             return
         values = explain(build(), images(2, *shape), method).values
         assert values.isfinite().all()
-        assert values.shape in ((2, *shape), (2, 1, *shape[1:]))
+        assert values.shape in ((2, *shape), (2, 1, *shape[1:])), name
 
     @pytest.mark.parametrize("training", [False, True])
     def test_leaves_everything_as_it_was(self, model, method, training):
@@ -141,7 +152,7 @@ class TestEveryMethod:
         exact = explain(model, X, method, seed=3, target=1)
         rough = explain(squeeze_excitation_net(dtype=torch.float32), X.float(), method, seed=3, target=1)
         assert rough.values.dtype == torch.float32
-        if method in {"random", "smoothgrad", "squared_smoothgrad", "vargrad"} | LEARNED:
+        if method in DRAWN:
             return  # the two precisions draw other numbers
         torch.testing.assert_close(rough.values.double(), exact.values, rtol=1e-3, atol=1e-4)
 
@@ -156,7 +167,7 @@ class TestEveryMethod:
     @pytest.mark.gpu
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
     def test_gpu_agrees_with_cpu(self, model, method):
-        if method in ("random", "smoothgrad", "squared_smoothgrad", "vargrad"):
+        if method in DRAWN - LEARNED:
             pytest.skip("generators of the two devices draw other numbers")
         here = explain(model, X, method, target=1).values
         there = explain(model.cuda(), X.cuda(), method, target=1).values

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1] / "attrbox"
 LAYERS = [
     ["attrbox.errors"],
     ["attrbox.files", "attrbox.registry", "attrbox.shapes"],
-    ["attrbox.guard", "attrbox.memory", "attrbox.targets", "attrbox.perturbations"],
+    ["attrbox.guard", "attrbox.memory", "attrbox.targets", "attrbox.perturbations", "attrbox.superpixels"],
     ["attrbox.engine.site"],
     ["attrbox.engine.linearity"],
     ["attrbox.engine.folding"],
@@ -24,7 +24,7 @@ LAYERS = [
     ["attrbox.masks"],
     ["attrbox.methods.base"],
     ["attrbox.methods.run"],
-    ["attrbox.methods.learned_rules"],
+    ["attrbox.methods.learned_rules", "attrbox.methods.optimised", "attrbox.methods.perturbing"],
     ["attrbox.methods"],
     ["attrbox.plots", "attrbox.hdf5"],
     ["attrbox.compare"],

@@ -14,16 +14,18 @@ ask for the same one share it.
 
 import dataclasses
 import difflib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
 from attrbox.engine.site import Rule
 from attrbox.errors import OptionError
+from attrbox.perturbations import FILLS
 from attrbox.registry import Registry
 from attrbox.shapes import ChannelReduction, Coverage
 
@@ -48,7 +50,14 @@ def option(default: Any, help: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Method(ABC):
-    """A method with its options set. Checks of options go into `__post_init__` and raise `OptionError`."""
+    """A method with its options set. Checks of options go into `__post_init__` and raise `OptionError`.
+
+    Attributes:
+        needs_gradients: whether the model must be an `nn.Module` that can be differentiated. Methods that do not need
+            it take any callable.
+    """
+
+    needs_gradients: ClassVar[bool] = True
 
     @abstractmethod
     def attribute(self, run: "Run") -> Tensor:
@@ -70,6 +79,11 @@ class Method(ABC):
         """Forward and backward passes per image, for the progress bar and the size of chunks."""
         return 1
 
+    def passes_on(self, images: Tensor) -> int:
+        """The same, where it depends on the shape of the images."""
+        del images
+        return self.passes
+
     @property
     def memory(self) -> float:
         """What `attribute` holds per image, in units of what one forward pass leaves for its backward pass."""
@@ -82,6 +96,8 @@ class Method(ABC):
 
     def coverage(self, run: "Run") -> Coverage:
         """How the model's non-linear operations were treated."""
+        if not self.needs_gradients:
+            return Coverage(black_box=True)
         return next((run.tape.coverage(rule) for rule in self.rules if rule is not None), Coverage())
 
 
@@ -157,6 +173,7 @@ def register_method(
     aliases: tuple[str, ...] = (),
     reduction: ChannelReduction = "sum",
     units: str = "score",
+    presets: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Callable[[M], M]:
     """Class decorator: enter a `Method` into the registry under `name`.
 
@@ -167,6 +184,7 @@ def register_method(
         aliases: other names, for instance the paper's abbreviation.
         reduction: how the channels become one map for the eye.
         units: what one unit of the map is, in words.
+        presets: name -> options that it sets, for a method with an option `preset`; other options win over it.
 
     Raises:
         DuplicateNameError: the name or an alias is taken.
@@ -175,7 +193,14 @@ def register_method(
     def enter(cls: M) -> M:
         fields = dataclasses.fields(cls)
         options = tuple(OptionInfo(f.name, f.default, str(f.metadata.get("help", ""))) for f in fields if f.init)
-        methods.add(MethodSpec(name, cls, summary, reference, options, aliases, reduction, units))
+
+        def from_preset(**given: Any) -> Method:
+            preset = given.get("preset", next(iter(presets or {})))
+            check_choice("preset", preset, tuple(presets or {}))
+            return cls(**(dict((presets or {})[preset]) | given))
+
+        build: Callable[..., Method] = from_preset if presets else cls
+        methods.add(MethodSpec(name, build, summary, reference, options, aliases, reduction, units))
         return cls
 
     return enter
@@ -205,6 +230,17 @@ def check_count(name: str, value: object) -> None:
     check(valid, name, "a whole number >= 1", value)
 
 
+def check_number(
+    name: str, value: object, *, above: float = -math.inf, least: float = -math.inf, most: float = math.inf
+) -> None:
+    """A finite number within bounds."""
+    valid = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    bounds = [f"> {above:g}"] * (above > -math.inf) + [f">= {least:g}"] * (least > -math.inf)
+    bounds += [f"<= {most:g}"] * (most < math.inf)
+    inside = valid and above < float(value) <= most and float(value) >= least  # type: ignore[arg-type]
+    check(inside, name, " and ".join(["a number", *bounds]), value)
+
+
 def check_flag(name: str, value: object) -> None:
     """True or False."""
     check(isinstance(value, bool), name, "True or False", value)
@@ -222,11 +258,19 @@ def check_layer(value: object) -> None:
     )
 
 
-def check_baseline(value: object) -> None:
+def check_baseline(value: object, name: str = "baseline") -> None:
     """A number or a tensor; its shape is checked against the images later."""
     number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
     valid = number or isinstance(value, Tensor)
-    check(valid, "baseline", "a finite number, or a tensor of shape [C, H, W], [1, C, H, W] or [N, C, H, W]", value)
+    check(valid, name, "a finite number, or a tensor of shape [C, H, W], [1, C, H, W] or [N, C, H, W]", value)
+
+
+def check_fill(value: object, further: tuple[str, ...] = ()) -> None:
+    """One of the words for a fill, or a baseline."""
+    if isinstance(value, str):
+        check_choice("fill", value, (*FILLS, *further))
+    else:
+        check_baseline(value, "fill")
 
 
 def identity(value: object) -> object:
