@@ -210,6 +210,9 @@ def total_variation(masks: Tensor, beta: float, isotropic: bool, mean: bool) -> 
     return reduce(squares.clamp_min(torch.finfo(masks.dtype).tiny) ** (beta / 2) * (squares > 0), (1, 2))
 
 
+TIED = 1e-4  # values of a mask so near to each other are equal but for rounding
+
+
 def area_loss(masks: Tensor, areas: Sequence[float]) -> Tensor:
     """How far masks are from covering a share of the pixels: mean((sort(m) - r)^2), [m].
 
@@ -230,8 +233,9 @@ def area_loss(masks: Tensor, areas: Sequence[float]) -> Tensor:
         for index, area in enumerate(areas):
             part = flat[index :: len(areas)]
             zeros = round(pixels * (1 - area))
-            threshold = part.kthvalue(max(zeros, 1), 1, keepdim=True).values
-            above, tied = part > threshold, part == threshold
+            above = part - part.kthvalue(max(zeros, 1), 1, keepdim=True).values
+            tied = above.abs() <= TIED
+            above = above > TIED
             left = pixels - zeros - above.sum(1, keepdim=True)
             wanted[index :: len(areas)] = above + tied * (left / tied.sum(1, keepdim=True))
     # The mean of (m - r)^2 over an r of 0 and 1 with mean w.
@@ -257,8 +261,9 @@ class SmoothMax:
     def __init__(self, shape: Sequence[int], step: int, sigma: float, like: Tensor, coldness: float = 20.0) -> None:
         self.shape, self.step, self.coldness = tuple(shape), step, coldness
         self.margin = round(sigma)
-        self.padding = 1 + math.ceil(2 * sigma / step)
-        self.radius = 1 + math.ceil(sigma / step)
+        around = math.ceil(sigma / step)  # grid points in the margin, and on each side of a pixel
+        self.radius = 1 + around
+        self.padding = self.radius + around
         self.grid = tuple(math.ceil(size / step) for size in shape)
         self.cells = tuple(size + 2 * (self.padding - self.radius) for size in self.grid)
         side = 2 * self.radius + 1

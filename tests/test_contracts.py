@@ -205,7 +205,7 @@ def test_summary_reference_and_units_of_every_method():
         assert spec.units
         assert all(info.help for info in spec.options), name
         method = spec.create({})
-        assert spec.settings(method) == pytest.approx({info.name: info.default for info in spec.options})
+        assert spec.settings(method) == {info.name: info.default for info in spec.options}
 
 
 def test_the_snapshot_notices_what_it_should(model):
@@ -235,7 +235,8 @@ def test_the_snapshot_notices_what_it_should(model):
 
 
 def test_gap_and_coverage_are_where_they_should_be(model):
-    result = attrbox.compare(model, X, METHODS, target=1, progress=False)
+    entries = [(name, FAST.get(name, {})) for name in METHODS]
+    result = attrbox.compare(model, X, entries, target=1, progress=False)
     for name in METHODS:
         promised = name in ("deeplift", "integrated_gradients", "lrp_epsilon")
         assert (result[name].gap is not None) == promised
@@ -246,4 +247,5 @@ def test_gap_and_coverage_are_where_they_should_be(model):
     guided = result["guided_backprop"].coverage
     assert [o.operation for o in guided.rule] == ["relu", "relu"]
     assert [o.operation for o in guided.derivative] == ["sigmoid", "product", "tanh"]
+    assert str(result["rise"].coverage) == "black box, no gradient"
     assert math.isfinite(sum(result.timings.values()))
