@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from nets import SMALL, five_ways, images, relu_net, squeeze_excitation_net
+from nets import FAST, SMALL, five_ways, images, relu_net, squeeze_excitation_net
 from snapshots import nothing_changes, snapshot
 from torch import Tensor, nn
 
@@ -19,18 +19,6 @@ OPTIMISED = {"mask", "smask"}
 BLACK_BOX = {"occlusion", "rise", "lime", "kernel_shap"}
 ONE_CHANNEL = {"grad_cam"} | OPTIMISED | BLACK_BOX
 DRAWN = {"random", "smoothgrad", "squared_smoothgrad", "vargrad", "rise", "lime", "kernel_shap", "mask"} | LEARNED
-# Logits where a probability is the default: they can be compared with those that a target function picks.
-FAST = (
-    {"integrated_gradients": {"steps": 5}}
-    | {name: {"samples": 4} for name in ("smoothgrad", "squared_smoothgrad", "vargrad")}
-    | {name: {"iterations": 3} for name in LEARNED}
-    | {"mask": {"iterations": 2, "step": 2, "score": "logit", "initial": "random"}}
-    | {"smask": {"iterations": 2, "step": 4, "sigma": 6.0, "areas": (0.1, 0.3), "levels": 3, "jitter": True}}
-    | {"occlusion": {"window": 3, "stride": 3}}
-    | {"rise": {"masks": 6, "grid": 3, "score": "logit"}}
-    | {"lime": {"samples": 12, "segments": 2, "score": "logit"}}
-    | {"kernel_shap": {"samples": 16, "segments": 3}}
-)
 
 
 def explain(model: nn.Module, x: Tensor, method: str, **options: object) -> attrbox.Attribution:

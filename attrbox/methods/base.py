@@ -184,7 +184,8 @@ def register_method(
         aliases: other names, for instance the paper's abbreviation.
         reduction: how the channels become one map for the eye.
         units: what one unit of the map is, in words.
-        presets: name -> options that it sets, for a method with an option `preset`; other options win over it.
+        presets: name -> options that it sets, for a method with an option `preset`; the first is the default, and options that
+            are given win over it.
 
     Raises:
         DuplicateNameError: the name or an alias is taken.
@@ -194,12 +195,14 @@ def register_method(
         fields = dataclasses.fields(cls)
         options = tuple(OptionInfo(f.name, f.default, str(f.metadata.get("help", ""))) for f in fields if f.init)
 
-        def from_preset(**given: Any) -> Method:
-            preset = given.get("preset", next(iter(presets or {})))
-            check_choice("preset", preset, tuple(presets or {}))
-            return cls(**(dict((presets or {})[preset]) | given))
+        known = presets or {}
 
-        build: Callable[..., Method] = from_preset if presets else cls
+        def from_preset(**given: Any) -> Method:
+            preset = given.get("preset", next(iter(known)))
+            check_choice("preset", preset, tuple(known))
+            return cls(**(dict(known[preset]) | given))
+
+        build: Callable[..., Method] = from_preset if known else cls
         methods.add(MethodSpec(name, build, summary, reference, options, aliases, reduction, units))
         return cls
 

@@ -12,7 +12,7 @@ so no graph spans the model and the masks, and passes are chunked and back off a
 
 import time
 import warnings
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -98,7 +98,7 @@ class Optimised(Method):
         )
 
 
-class Problem:
+class Problem(ABC):
     """The masks of a chunk, their rewards and penalties. [m] counts images, targets and areas, in this order."""
 
     @abstractmethod
