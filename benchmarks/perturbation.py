@@ -53,6 +53,7 @@ def passes(models: Sequence[str], count: int) -> None:
     """RISE and occlusion against forward passes on as many images, in batches as large."""
     print("### RISE and occlusion, in bare forward passes of as many images (batches of 8)\n")
     rows = []
+    common = {"target": 0, "batch_size": 8, "progress": False}
     for name in models:
         model, images = load(name), photographs(name, 1)
         batch = photographs(name, 8)
@@ -62,7 +63,6 @@ def passes(models: Sequence[str], count: int) -> None:
             for _ in range(6):
                 model(batch)
 
-        common = {"target": 0, "batch_size": 8, "progress": False}
         candidates = {
             "bare": bare,  # 48 images
             "rise": lambda model=model, images=images: attrbox.explain(model, images, "rise", masks=48, **common),
@@ -122,7 +122,9 @@ def torchray(count: int) -> None:
         for name in ("TorchRay", "attrbox")
     }
     cells = [f"{statistics.median(steps[name]) / 32 * 1000:.0f} ms" for name in steps]
-    table(["TorchRay, a mask", "attrbox, a mask", "times as fast"], [[*cells, ratio(steps["TorchRay"], steps["attrbox"])]])
+    table(
+        ["TorchRay, a mask", "attrbox, a mask", "times as fast"], [[*cells, ratio(steps["TorchRay"], steps["attrbox"])]]
+    )
 
 
 def chosen(folder: str, count: int) -> tuple[Any, Tensor]:

@@ -184,8 +184,8 @@ def register_method(
         aliases: other names, for instance the paper's abbreviation.
         reduction: how the channels become one map for the eye.
         units: what one unit of the map is, in words.
-        presets: name -> options that it sets, for a method with an option `preset`; the first is the default, and options that
-            are given win over it.
+        presets: name -> options that it sets, for a method with an option `preset`; the first is the default, and
+            options that are given win over it.
 
     Raises:
         DuplicateNameError: the name or an alias is taken.
