@@ -77,6 +77,8 @@ def test_rise_on_a_linear_model_in_expectation():
     expected = torch.tensor([[6.5, 6.0, 5.5, 4.0]], dtype=torch.float64)
     assert (maps.values - expected).abs().max() < 0.25  # five standard errors
     assert maps.values.argsort().tolist() == expected.argsort().tolist()
+    signed = explain(linear, ROWS, "rise", target=0, score="logit", grid=4, masks=20_000, p=0.25, center=True)
+    assert (signed.values - 0.75 * W * ROWS).abs().max() < 0.2
     third = explain(linear, ROWS[:1], "rise", target=0, score="logit", grid=4, masks=20_000, p=0.25)
     assert (third.values - torch.tensor([[5.5, 4.75, 4.0, 1.75]])).abs().max() < 0.4  # b + c_i + p (8 - c_i)
 
@@ -125,6 +127,10 @@ def test_rise_is_the_mean_of_masks_weighted_by_scores(sides, grid):
     assert len(masks) == 40
     expected = (total(masks)[:, :1] * masks.flatten(1)).mean(0) / 0.3
     torch.testing.assert_close(maps.values.flatten(), expected)
+    options = {"score": "logit", "masks": 40, "grid": grid, "p": 0.3, "center": True}
+    signed = explain(total, x, "rise", target=0, **options).values
+    scores = total(masks)[:, :1]
+    torch.testing.assert_close(signed.flatten(), ((scores - scores.mean()) * masks.flatten(1)).mean(0) / 0.3)
     assert masks.min() >= 0
     assert masks.max() <= 1
     assert abs(masks.mean() - 0.3) < 0.1
@@ -458,6 +464,7 @@ def test_progress(method, monkeypatch):
         ("rise", {"grid": 0}),
         ("rise", {"p": 0.0}),
         ("rise", {"p": 1.5}),
+        ("rise", {"center": 1}),
         ("lime", {"samples": 0}),
         ("lime", {"width": 0.0}),
         ("lime", {"ridge": -1.0}),

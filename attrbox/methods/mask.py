@@ -18,12 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attrbox.errors import InputError
 from attrbox.masks import circles, smoothing, stretched, total_variation, upsampling
 from attrbox.methods.base import (
     check,
     check_choice,
-    check_count,
     check_fill,
     check_flag,
     check_number,
@@ -32,7 +30,6 @@ from attrbox.methods.base import (
 )
 from attrbox.methods.optimised import Optimised, Problem, everyone
 from attrbox.methods.run import Run
-from attrbox.perturbations import need_images
 
 RADII = range(0, 175, 5)  # pixels, of the discs that a mask may begin with
 _JITTER, _START, _NOISE = 0, 1, 2  # draws of a sample's stream of random numbers
@@ -80,7 +77,6 @@ class Mask(Optimised):
     beta: float = option(3.0, "power of the total variation")
     mean: bool = option(False, "both penalties are means over the parameters, not sums")
     isotropic: bool = option(True, "total variation of the slope's length, not of dx and dy apart")
-    step: int = option(8, "pixels per parameter of the mask")
     upsample: str = option("nearest", "how parameters become pixels: nearest, linear or corners (linear, aligned)")
     smooth: float = option(5.0, "standard deviation of a Gaussian over the upsampled mask, in pixels")
     fill: Any = option("blur", "what is shown where the mask is 0: blur, median, mean, noise, a number or a tensor")
@@ -101,7 +97,6 @@ class Mask(Optimised):
             check_number(name, getattr(self, name), least=0)
         for name in ("mean", "isotropic"):
             check_flag(name, getattr(self, name))
-        check_count("step", self.step)
         valid = isinstance(self.jitter, int) and not isinstance(self.jitter, bool) and self.jitter >= 0
         check(valid, "jitter", "a whole number >= 0", self.jitter)
 
@@ -110,13 +105,7 @@ class Mask(Optimised):
         return self.iterations + (len(RADII) if self.initial == "circle" else 0)
 
     def attribute(self, run: Run) -> Tensor:
-        need_images(run.images, "mask")
-        height, width = run.images.shape[-2:]
-        if self.step > min(height, width):
-            raise InputError(
-                f"A mask with step={self.step} pixels per parameter is larger than the images, {height} x {width} "
-                "pixels. Use a smaller step."
-            )
+        height, width = self.sides(run)
         problem = _Meaningful(self, run)
         optimum = self.optimise(run, problem)
         shape = (len(run.images), run.scores.shape[1])

@@ -19,9 +19,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attrbox.errors import OptimisationWarning
+from attrbox.errors import InputError, OptimisationWarning
 from attrbox.methods.base import Method, check, check_choice, check_count, check_number, option
 from attrbox.methods.run import Run
+from attrbox.perturbations import need_images
 from attrbox.targets import UNITS
 
 
@@ -33,6 +34,7 @@ class Optimised(Method):
     """
 
     iterations: int = option(300, "steps of the optimiser")
+    step: int = option(8, "pixels per parameter of the mask")
     seconds: float | None = option(
         None, "stop each chunk after so many seconds too; then maps depend on the machine and on batch_size"
     )
@@ -41,12 +43,28 @@ class Optimised(Method):
 
     def __post_init__(self) -> None:
         check_count("iterations", self.iterations)
+        check_count("step", self.step)
         if self.seconds is not None:
             check_number("seconds", self.seconds, above=0)
         if self.score is not None:
             check_choice("score", self.score, UNITS)
         valid = isinstance(self.history, int) and not isinstance(self.history, bool) and self.history >= 0
         check(valid, "history", "a whole number >= 0", self.history)
+
+    def sides(self, run: Run) -> tuple[int, int]:
+        """Height and width of the images.
+
+        Raises:
+            InputError: they have none, or are smaller than what one parameter of the mask covers.
+        """
+        need_images(run.images, type(self).__name__.lower())
+        height, width = run.images.shape[-2:]
+        if self.step > min(height, width):
+            raise InputError(
+                f"A mask with step={self.step} pixels per parameter is larger than the images, {height} x {width} "
+                "pixels. Use a smaller step."
+            )
+        return height, width
 
     def optimise(self, run: Run, problem: "Problem") -> "Optimum":
         """Minimise the loss of each mask."""
@@ -71,7 +89,7 @@ class Optimised(Method):
             # A loss that is not finite stops its mask; told apart on the device, so that nothing waits for it.
             alive = alive & losses[:, step].isfinite() & gradient.flatten(1).isfinite().all(1)
             moves = alive.view(-1, *(1,) * (leaf.dim() - 1))
-            leaf.grad = torch.where(moves, gradient, 0)
+            leaf.grad = gradient
             before = leaf.detach().clone()
             optimiser.step()
             with torch.no_grad():

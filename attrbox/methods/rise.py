@@ -8,7 +8,10 @@ pixels are independent,
 
     E S_i = b + c_i + p sum of the other c_j
 
-so the pixels are ranked by their contributions. A grid as fine as the image gives such masks.
+so the pixels are ranked by their contributions. A grid as fine as the image gives such masks. The constant part hides
+the sign of a contribution and brings most of the noise; with `center`, the mean of the scores is subtracted from each,
+
+    S = 1 / (N p) sum_k (f(M_k X) - mean f) M_k,     E S_i = (1 - p) c_i
 """
 
 from dataclasses import dataclass
@@ -19,7 +22,7 @@ from torch import Tensor
 
 from attrbox.errors import InputError
 from attrbox.masks import stretched, upsampling
-from attrbox.methods.base import check_count, check_number, option, register_method
+from attrbox.methods.base import check_count, check_flag, check_number, option, register_method
 from attrbox.methods.perturbing import Perturbing, spatial
 from attrbox.methods.run import Run
 
@@ -41,12 +44,14 @@ class Rise(Perturbing):
     masks: int = option(4000, "random masks for each image")
     grid: int = option(7, "cells of a mask along each axis")
     p: float = option(0.5, "probability of a cell to be shown")
+    center: bool = option(False, "subtract the mean of the scores: a signed map with less noise; not as published")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count("masks", self.masks)
         check_count("grid", self.grid)
         check_number("p", self.p, above=0, most=1)
+        check_flag("center", self.center)
 
     @property
     def passes(self) -> int:
@@ -74,9 +79,14 @@ class Rise(Perturbing):
             return shown.view(*shown.shape[:2], *channels, *sides)
 
         total = run.images.new_zeros(*run.scores.shape, *channels, *sides)
+        coverage, score = torch.zeros_like(total[:, 0]), torch.zeros_like(run.scores)
         for _, shown, scores in run.masked(self.masks, masks, run.fill(self.fill, self.blur), self.unit(run)):
             shown = shown.expand(-1, len(run.images), *shown.shape[2:])
             total += torch.einsum("dnk,dn...->nk...", scores, shown)
+            coverage += shown.sum(0)
+            score += scores.sum(0)
+        if self.center:
+            total -= torch.einsum("nk,n...->nk...", score / self.masks, coverage)
         return total / (self.masks * self.p)
 
 

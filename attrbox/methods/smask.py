@@ -19,12 +19,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attrbox.errors import InputError
 from attrbox.masks import SmoothMax, area_loss
 from attrbox.methods.base import check, check_choice, check_count, check_flag, check_number, option, register_method
 from attrbox.methods.optimised import Optimised, Problem, everyone
 from attrbox.methods.run import Run
-from attrbox.perturbations import Pyramid, gaussian_blur, need_images
+from attrbox.perturbations import Pyramid, gaussian_blur
 
 
 @register_method(
@@ -72,8 +71,7 @@ class SMask(Optimised):
         check_choice("variant", self.variant, ("preserve", "delete", "dual"))
         check_choice("combine", self.combine, ("sum", "best"))
         check_choice("perturbation", self.perturbation, ("blur", "fade"))
-        for name in ("levels", "step"):
-            check_count(name, getattr(self, name))
+        check_count("levels", self.levels)
         check(self.levels >= 2, "levels", "at least 2", self.levels)
         for name in ("blur", "sigma", "lr", "growth"):
             check_number(name, getattr(self, name), above=0)
@@ -91,13 +89,7 @@ class SMask(Optimised):
         return 2.0  # the pyramid, and masks of a few areas with their gradients
 
     def attribute(self, run: Run) -> Tensor:
-        need_images(run.images, "smask")
-        height, width = run.images.shape[-2:]
-        if self.step > min(height, width):
-            raise InputError(
-                f"A mask with step={self.step} pixels per grid point is larger than the images, {height} x {width} "
-                "pixels. Use a smaller step."
-            )
+        height, width = self.sides(run)
         problem = _Extremal(self, run)
         optimum = self.optimise(run, problem)
         shape = (len(run.images), run.scores.shape[1], len(self.areas))
