@@ -29,12 +29,12 @@ from attrbox.models import efficientnet_lite0
 
 AREAS = (0.025, 0.05, 0.1, 0.2)
 PICTURE = [
-    ("mask", {"iterations": 100}),
+    ("mask", {"iterations": 60}),
     ("smask", {"iterations": 200, "areas": (0.1,)}),
-    ("occlusion", {"window": 32, "stride": 16}),
-    ("rise", {"masks": 300, "center": True}),
-    ("lime", {"samples": 250}),
-    ("kernel_shap", {"samples": 250}),
+    ("occlusion", {"window": 32, "stride": 24}),
+    ("rise", {"masks": 200, "center": True}),
+    ("lime", {"samples": 150}),
+    ("kernel_shap", {"samples": 150}),
 ]
 
 

@@ -73,14 +73,15 @@ def test_contributions_of_a_linear_model(method, options, start):
 
 def test_rise_on_a_linear_model_in_expectation():
     """E S_i = b + c_i + p sum of the other c_j: closed form 13 of the literature's example."""
-    maps = explain(linear, ROWS[:1], "rise", target=0, score="logit", grid=4, masks=20_000)
+    options = {"target": 0, "score": "logit", "grid": 4, "masks": 20_000, "batch_size": 1000}
+    maps = explain(linear, ROWS[:1], "rise", **options)
     expected = torch.tensor([[6.5, 6.0, 5.5, 4.0]], dtype=torch.float64)
     assert (maps.values - expected).abs().max() < 0.25  # five standard errors
     assert maps.values.argsort().tolist() == expected.argsort().tolist()
-    signed = explain(linear, ROWS, "rise", target=0, score="logit", grid=4, masks=20_000, p=0.25, center=True)
+    signed = explain(linear, ROWS, "rise", p=0.25, center=True, **options)
     assert (signed.values - 0.75 * W * ROWS).abs().max() < 0.2
-    third = explain(linear, ROWS[:1], "rise", target=0, score="logit", grid=4, masks=20_000, p=0.25)
-    assert (third.values - torch.tensor([[5.5, 4.75, 4.0, 1.75]])).abs().max() < 0.4  # b + c_i + p (8 - c_i)
+    rare = explain(linear, ROWS[:1], "rise", p=0.25, **options)
+    assert (rare.values - torch.tensor([[5.5, 4.75, 4.0, 1.75]])).abs().max() < 0.4  # b + c_i + p (8 - c_i)
 
 
 # -------------------------------------------------------------------------------------- slow formulas, independent code
