@@ -29,12 +29,12 @@ from attrbox.models import efficientnet_lite0
 
 AREAS = (0.025, 0.05, 0.1, 0.2)
 PICTURE = [
-    ("mask", {"iterations": 60}),
+    ("mask", {"iterations": 150}),
     ("smask", {"iterations": 200, "areas": (0.1,)}),
-    ("occlusion", {"window": 32, "stride": 24}),
-    ("rise", {"masks": 200, "center": True}),
-    ("lime", {"samples": 150}),
-    ("kernel_shap", {"samples": 150}),
+    ("occlusion", {"window": 32, "stride": 16}),
+    ("rise", {"masks": 400}),
+    ("lime", {"samples": 250}),
+    ("kernel_shap", {"samples": 250}),
 ]
 
 
@@ -171,7 +171,7 @@ def picture(folder: str, count: int, out: str) -> None:
     result = attrbox.compare(loaded.model, images, PICTURE)
     names = [loaded.class_name(index) for index in result.predictions.tolist()]
     result.plot(out, titles=names, photographs=loaded.photographs(images))
-    Image.open(out).convert("RGB").quantize(128).save(out, optimize=True)
+    Image.open(out).convert("RGB").quantize(256).save(out, optimize=True)
     print(result.table())
 
 
