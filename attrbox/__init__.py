@@ -9,10 +9,39 @@ from importlib.metadata import PackageNotFoundError, version
 from attrbox import errors
 from attrbox.compare import Comparison, compare, explain, list_methods
 from attrbox.engine.site import Rule, Site
-from attrbox.methods import cam, gradient, learned, noise, path, propagation, random  # registers the methods
+from attrbox.evaluate import evaluate
+from attrbox.methods import (  # registers the methods
+    cam,
+    gradient,
+    kernel_shap,
+    learned,
+    lime,
+    mask,
+    noise,
+    occlusion,
+    path,
+    propagation,
+    random,
+    rise,
+    smask,
+)
 from attrbox.methods.base import Method, methods, option, register_method
 from attrbox.methods.propagation import register_rule, rules
 from attrbox.methods.run import Run
+from attrbox.metrics import (  # registers the metrics
+    axioms,
+    complexity,
+    curves,
+    localization,
+    road,
+    robustness,
+    sanity,
+)
+from attrbox.metrics.base import Measurement, Metric, list_metrics, metrics, register_metric
+from attrbox.metrics.results import Evaluation
+from attrbox.metrics.roar import Roar, roar
+from attrbox.metrics.scores import Score
+from attrbox.metrics.study import Study, Views
 from attrbox.shapes import Attribution, Coverage
 from attrbox.targets import classes, top
 
@@ -21,25 +50,39 @@ try:
 except PackageNotFoundError:  # run from a source tree that is not installed
     __version__ = "0"
 
-del cam, gradient, learned, noise, path, propagation, random, version, PackageNotFoundError
+del cam, gradient, kernel_shap, learned, lime, mask, noise, occlusion, path, propagation, random, rise, smask
+del version, PackageNotFoundError
+del axioms, complexity, curves, localization, road, robustness, sanity
 
 __all__ = [
     "Attribution",
     "Comparison",
     "Coverage",
+    "Evaluation",
+    "Measurement",
     "Method",
+    "Metric",
+    "Roar",
     "Rule",
     "Run",
+    "Score",
     "Site",
+    "Study",
+    "Views",
     "classes",
     "compare",
     "errors",
+    "evaluate",
     "explain",
     "list_methods",
+    "list_metrics",
     "methods",
+    "metrics",
     "option",
     "register_method",
+    "register_metric",
     "register_rule",
+    "roar",
     "rules",
     "top",
 ]

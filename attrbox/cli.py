@@ -14,6 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from attrbox.errors import AttrboxError, FileError
+from attrbox.memory import keep_pages
 
 if TYPE_CHECKING:
     from attrbox.compare import Comparison
@@ -28,7 +29,8 @@ DEFAULT_METHODS = [
 ]
 DEMO_METHODS = [
     "saliency,gradient_x_input,guided_backprop,deconvnet,deeplift,lrp_epsilon,integrated_gradients,smoothgrad,"
-    "squared_smoothgrad,vargrad,grad_cam,guided_grad_cam,learned:fast=True,learned_clean:fast=True,random"
+    "squared_smoothgrad,vargrad,grad_cam,guided_grad_cam,occlusion:window=32,stride=16,learned:fast=True,"
+    "learned_clean:fast=True,random"
 ]
 
 
@@ -203,6 +205,7 @@ def methods(
 def main() -> None:
     """The entry point; models beside the working directory can be named too."""
     sys.path.insert(0, "")
+    keep_pages()
     app()
 
 

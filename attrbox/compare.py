@@ -18,10 +18,11 @@ from attrbox.errors import InputError, OptionError
 from attrbox.guard import check_model, untouched
 from attrbox.hdf5 import write_maps
 from attrbox.memory import backing_off, images_per_pass
-from attrbox.methods.base import Method, MethodSpec
+from attrbox.methods.base import Method, MethodSpec, choose
 from attrbox.methods.base import methods as registry
 from attrbox.methods.run import Run, Settings
 from attrbox.plots import plot_comparison
+from attrbox.seeds import check_seeds
 from attrbox.shapes import Attribution, Coverage
 from attrbox.targets import Target, TargetLike
 
@@ -34,7 +35,7 @@ def list_methods() -> list[str]:
 
 
 def explain(
-    model: nn.Module,
+    model: nn.Module | Callable[[Tensor], Any],
     images: Tensor,
     method: str,
     *,
@@ -49,7 +50,9 @@ def explain(
     """Attribution maps of one method.
 
     Args:
-        model: any `nn.Module` that maps images to scores; run in evaluation mode and left as it was.
+        model: any `nn.Module` that maps images to scores; run in evaluation mode and left as it was. For methods
+            without gradients (`occlusion`, `rise`, `lime`, `kernel_shap`) any callable: a tensor of images to scores,
+            a tensor or an array.
         images: [N, C, H, W], as the model takes them (normalised); also [N, D], [N, C, L], [N, C, D, H, W].
         method: a name of `list_methods()` or an alias.
         target: what is explained (`attrbox.targets`); default: each sample's largest output.
@@ -75,7 +78,7 @@ def explain(
 
 
 def compare(
-    model: nn.Module,
+    model: nn.Module | Callable[[Tensor], Any],
     images: Tensor,
     methods: Sequence[MethodLike],
     *,
@@ -99,21 +102,7 @@ def compare(
     Raises:
         AttrboxError: see `attrbox.errors`; nothing is changed then either.
     """
-    if isinstance(methods, str) or not methods:
-        raise OptionError(
-            f"Expected a list of methods, such as ['saliency', ('integrated_gradients', {{'steps': 100}})], "
-            f"got {methods!r}."
-        )
-    chosen: dict[str, tuple[MethodSpec, Method]] = {}
-    for entry in methods:
-        name, options = (entry, {}) if isinstance(entry, str) else _pair(entry)
-        spec = registry[name]
-        label = spec.name
-        if label in chosen:
-            label = f"{label}({', '.join(f'{key}={_short(value)}' for key, value in options.items())})"
-        if label in chosen:
-            raise OptionError(f"The method {label!r} is listed twice with the same options.")
-        chosen[label] = (spec, spec.create(options))
+    chosen = choose(registry, methods)
     return _run(model, images, chosen, _Call(target, seed, batch_size, precision, channels_last, progress))
 
 
@@ -203,14 +192,15 @@ class _Call:
             raise OptionError(f"Expected batch_size to be a whole number >= 1, or None, got {size!r}.")
 
 
-def _run(model: nn.Module, images: Tensor, chosen: _Chosen, call: _Call) -> Comparison:
-    model = check_model(model)
+def _run(given: object, images: Tensor, chosen: _Chosen, call: _Call) -> Comparison:
+    differentiating = [label for label, (_, method) in chosen.items() if method.needs_gradients]
+    model = check_model(given, differentiating)
     with torch.inference_mode(False):
         images = check_images(images).detach()
         images = images.clone() if images.is_inference() else images  # the clone is an ordinary tensor
     count = len(images)
     target = Target(call.target, count)
-    seeds = _seeds(call.seed, count)
+    seeds = check_seeds(call.seed, count)
     # Methods that replay the recorded pass go first, so that its memory is free when the others begin.
     order = sorted(chosen, key=lambda label: not _replays(chosen[label][1]))
     used = [method for _, method in chosen.values()]
@@ -219,12 +209,13 @@ def _run(model: nn.Module, images: Tensor, chosen: _Chosen, call: _Call) -> Comp
     asked = frozenset(key for method in used for key in method.asks)
     replays = sum(len(method.rules) + len(method.layers) for method in used)
     chunks: list[_Chunk] = []
-    with untouched(model), _bar(count * sum(method.passes for method in used), call.progress) as bar:
+    passes = [method.passes_on(images) for method in used]
+    with untouched(model), _bar(count * sum(passes), call.progress) as bar:
         settings = Settings(target, seeds, call.precision, call.channels_last, bar.update)
         size = call.batch_size or images_per_pass(
             images,
-            lambda few: Run(model, few, settings, slice(0, 1), 1).bare_forward(),
-            wanted=count * max(1, *(method.passes for method in used)),
+            (lambda few: Run(model, few, settings, slice(0, 1), 1).bare_forward()) if differentiating else None,
+            wanted=count * max(1, *passes),
             held=max(method.memory for method in used),
         )
         start = 0
@@ -272,26 +263,6 @@ def check_images(images: object) -> Tensor:
     return images
 
 
-def _seeds(seed: int | Sequence[int], count: int) -> tuple[int, ...]:
-    seeds = tuple(seed) if isinstance(seed, Sequence) else (seed,)
-    if not all(isinstance(one, int) and not isinstance(one, bool) for one in seeds):
-        raise OptionError(f"Expected the seed to be a whole number, or one per image, got {seed!r}.")
-    if isinstance(seed, Sequence) and len(seeds) != count:
-        raise OptionError(f"Expected one seed per image, {count} in all, got {len(seeds)}.")
-    return seeds
-
-
-def _short(value: object) -> str:
-    """An option in a label: a tensor by its shape."""
-    return f"tensor{list(value.shape)}" if isinstance(value, Tensor) else str(value)
-
-
-def _pair(entry: object) -> tuple[str, Mapping[str, Any]]:
-    if isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[0], str) and isinstance(entry[1], Mapping):
-        return entry[0], entry[1]
-    raise OptionError(f"Expected a method's name or a pair (name, {{option: value}}), got {entry!r}.")
-
-
 def _replays(method: Method) -> bool:
     return bool(method.rules or method.layers)
 
@@ -332,7 +303,7 @@ def _explain_chunk(run: Run, chosen: _Chosen, order: list[str], bar: Any) -> _Ch
         chunk.expected[label] = method.expected(run)
         chunk.coverage[label] = method.coverage(run)
         chunk.seconds[label] = clock.lap()
-        done += method.passes * len(scores)
+        done += method.passes_on(run.images) * len(scores)
         bar.update(done - bar.n)
     return chunk
 

@@ -11,6 +11,7 @@
     │   ├── UnsupportedModelError  scripted, compiled or replicated: operations cannot be seen
     │   └── NoGradientError   the output does not depend on the images
     ├── RuleError             a propagation rule broke its contract
+    ├── TrainingError         a model could not be trained; the original exception is the cause
     ├── OutOfMemoryError      not even one image fits
     └── FileError             a file that cannot be read or written
 
@@ -64,6 +65,10 @@ class NoGradientError(ModelError):
 
 class RuleError(AttrboxError, RuntimeError):
     """A propagation rule reads what it did not declare, or returns something ill-shaped."""
+
+
+class TrainingError(AttrboxError, RuntimeError):
+    """A factory or trainer raised; see `__cause__`. What was finished before is kept."""
 
 
 class OutOfMemoryError(AttrboxError, MemoryError):

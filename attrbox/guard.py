@@ -2,24 +2,58 @@
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from attrbox.errors import ModelError, TrainingModeWarning
 
 
-def check_model(model: object) -> nn.Module:
+class BlackBox(nn.Module):
+    """A callable that is no module, for methods without gradients.
+
+    It gets a contiguous tensor of images, and may return an array of any library that numpy understands.
+    """
+
+    def __init__(self, function: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.function = function
+        self.eval()
+
+    def forward(self, images: Tensor) -> Any:
+        output = self.function(images)
+        if not isinstance(output, Tensor) and hasattr(output, "__array__"):
+            output = torch.as_tensor(output)
+        if isinstance(output, Tensor) and output.is_floating_point():
+            output = output.to(images)
+        return output
+
+
+def check_model(model: object, differentiating: Sequence[str] = ("explaining",)) -> nn.Module:
     """Return `model` if it is an `nn.Module` that can be differentiated.
+
+    Args:
+        model: what the user gave.
+        differentiating: the methods that need gradients; if there are none, any callable will do.
 
     Raises:
         ModelError: it is something else, has uninitialised parameters, or was built in inference mode.
     """
     if not isinstance(model, nn.Module):
+        plain = model if callable(model) and not isinstance(model, type) else None
+        if plain is not None and not differentiating:
+            return BlackBox(plain)
         raise ModelError(
-            f"Expected the model to be a torch.nn.Module, got {type(model).__name__}. "
-            "Wrap a plain function in a module whose forward calls it."
+            f"Expected the model to be a torch.nn.Module, got {getattr(model, '__name__', type(model).__name__)!r}. "
+            + (
+                f"Of a plain callable only methods without gradients can make a map (occlusion, rise, lime, "
+                f"kernel_shap); {', '.join(differentiating)} cannot. Wrap it in a module whose forward calls it, if it "
+                "is made of torch operations."
+                if plain is not None
+                else "Give the model itself."
+            )
         )
     if any(torch.nn.parameter.is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers())):
         raise ModelError(

@@ -4,6 +4,7 @@ One place serves all methods. `images_per_pass` bounds a pass by the activations
 graph; `backing_off` halves the bound when memory runs out all the same.
 """
 
+import ctypes
 import os
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -42,6 +43,24 @@ def free_bytes(device: torch.device) -> int:
         return pages * 4096 // 2
 
 
+def keep_pages() -> bool:
+    """Let this process keep the memory that it frees, for its next tensors; returns whether that could be arranged.
+
+    glibc hands the pages of large tensors back to the system, and on a CPU getting fresh ones costs more than the
+    arithmetic of an activation. The setting holds for the whole process, so it is for programs of one's own: the
+    command line calls it, `import attrbox` does not. It does nothing without glibc.
+    """
+    try:
+        library = ctypes.CDLL(None)
+        mallopt = library.mallopt
+        library.gnu_get_libc_version  # noqa: B018 - other libraries have a mallopt that means something else
+    except (OSError, AttributeError, TypeError):
+        return False
+    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
+    most = 2**31 - 1
+    return bool(mallopt(trim_threshold, most)) and bool(mallopt(mmap_threshold, most))
+
+
 class SavedBytes:
     """Counts what autograd keeps during a forward pass: `with SavedBytes() as saved: ...; saved.total`."""
 
@@ -65,15 +84,15 @@ class SavedBytes:
         return tensor
 
 
-def images_per_pass(images: Tensor, forward: Callable[[Tensor], object], wanted: int, held: float = 1.0) -> int:
+def images_per_pass(images: Tensor, forward: Callable[[Tensor], object] | None, wanted: int, held: float = 1.0) -> int:
     """How many images one forward and backward pass should take, at most `wanted`.
 
     Up to eight images are simply run. For more, one image is forwarded to see what it leaves in memory; a method may
-    hold `held` times as much.
+    hold `held` times as much. Without `forward` nothing is left behind: passes without gradients.
     """
     device = images.device
     limit = min(wanted, MOST_PER_PASS.get(device.type, 32))
-    if (limit <= 8 and held <= 1) or limit == 1 or images.is_meta:
+    if forward is None or (limit <= 8 and held <= 1) or limit == 1 or images.is_meta:
         return max(limit, 1)
     with SavedBytes() as saved:
         forward(images[:1].clone().requires_grad_())

@@ -161,6 +161,25 @@ def plot_map(
     return sheet.saved(path)
 
 
+def save_figure(figure: Figure, path: str | Path, png: Callable[[], bytes] | None = None) -> None:
+    """Write a figure to a file, whole or not at all; the suffix says how, and `png` may encode that format.
+
+    Raises:
+        FileError: the suffix is of no format, or the file cannot be written.
+    """
+    kinds = figure.canvas.get_supported_filetypes()
+    kind = Path(path).suffix.removeprefix(".").lower()
+    if kind not in kinds:
+        raise FileError(
+            f"Expected the name of a figure to end in one of {', '.join(sorted(kinds))}, got {str(path)!r}."
+        )
+    with whole_file(path) as part:
+        if kind == "png" and png is not None:
+            part.write_bytes(png())
+        else:
+            figure.savefig(part, format=kind, dpi=figure.dpi, facecolor="white")
+
+
 # -------------------------------------------------------------------------------------------------------- what is drawn
 
 
@@ -406,17 +425,7 @@ class _Sheet:
     def saved(self, path: str | Path | None) -> Figure:
         """The figure, after it was written to `path`, if there is one."""
         if path is not None:
-            kinds = self.figure.canvas.get_supported_filetypes()
-            kind = Path(path).suffix.removeprefix(".").lower()
-            if kind not in kinds:
-                raise FileError(
-                    f"Expected the name of a figure to end in one of {', '.join(sorted(kinds))}, got {str(path)!r}."
-                )
-            with whole_file(path) as part:
-                if kind == "png":
-                    part.write_bytes(self.png())
-                else:
-                    self.figure.savefig(part, format=kind, dpi=self.figure.dpi, facecolor="white")
+            save_figure(self.figure, path, self.png)
         return self.figure
 
     def png(self) -> bytes:

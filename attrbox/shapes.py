@@ -49,11 +49,13 @@ class Coverage:
         rule: got the method's rule.
         derivative: known to the engine, but left to the true derivative by the method.
         unknown: non-linear, and not understood by the engine: the true derivative held.
+        black_box: the method takes no gradients, so the operations do not matter to it.
     """
 
     rule: tuple[Operated, ...] = ()
     derivative: tuple[Operated, ...] = ()
     unknown: tuple[Operated, ...] = ()
+    black_box: bool = False
 
     @property
     def complete(self) -> bool:
@@ -70,7 +72,7 @@ class Coverage:
             )
             if operations
         ]
-        return "; ".join(parts) or "plain gradient, no rule"
+        return "; ".join(parts) or ("black box, no gradient" if self.black_box else "plain gradient, no rule")
 
 
 def _counts(operations: Iterable[Operated]) -> str:

@@ -8,7 +8,8 @@
     function                 outputs -> [N] (or [N, K]) scores; gets what the model returned, unwrapped
 
 Scores are what the model returns (logits, usually; put no softmax behind the model), so attributions are in
-units of the logit. `unwrap` finds the tensor in `.logits`, a dictionary or a tuple.
+units of the logit. Methods that perturb images may score the classes otherwise (UNITS), where they were published so.
+`unwrap` finds the tensor in `.logits`, a dictionary or a tuple.
 """
 
 import operator
@@ -19,7 +20,10 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from attrbox.errors import ModelError, TargetError
+from attrbox.errors import ModelError, OptionError, TargetError
+
+# What a class scores: the model's output, its lead over the best other class, its softmax, the logarithm of that.
+UNITS = ("logit", "contrast", "prob", "log_prob")
 
 
 @dataclass(frozen=True)
@@ -131,15 +135,26 @@ class Target:
         chosen = self.indices if len(self.indices) == 1 else self.indices[rows]
         return chosen.to(outputs.device).expand(len(outputs), -1)
 
-    def score(self, outputs: Tensor, indices: Tensor | None) -> Tensor:
-        """The explained scores, [n, K], in units of the model's output.
+    def unit(self, asked: str | None, published: str) -> str:
+        """The unit that was asked for; if none was, the published one for classes, and "logit" for a function."""
+        return asked or (published if self.function is None else "logit")
+
+    def score(self, outputs: Tensor, indices: Tensor | None, unit: str = "logit") -> Tensor:
+        """The explained scores, [n, K], in one of UNITS.
 
         Raises:
-            TargetError: a target function returned something else than [n] or [n, K] scores.
+            TargetError: a target function returned something else than [n] or [n, K] scores, or the outputs are of
+                one class where the unit compares classes.
+            OptionError: another unit than "logit" for a target function.
         """
         if self.function is None:
             assert indices is not None
-            return _table(outputs).gather(1, indices)
+            return _in_unit(_table(outputs), indices, unit)
+        if unit != "logit":
+            raise OptionError(
+                f"score={unit!r} needs class indices as the target, got a function. Use score='logit', which takes "
+                "what the function returns."
+            )
         scores = self.function(outputs)
         if not isinstance(scores, Tensor) or scores.dim() not in (1, 2) or len(scores) != len(outputs):
             came = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
@@ -147,6 +162,22 @@ class Target:
                 f"Expected the target function to return {len(outputs)} scores, [N] or [N, K], got {came}."
             )
         return scores if scores.dim() == 2 else scores[:, None]
+
+
+def _in_unit(table: Tensor, indices: Tensor, unit: str) -> Tensor:
+    """The scores of the classes `indices`, [n, K], of outputs [n, classes]."""
+    if unit == "logit":
+        return table.gather(1, indices)
+    if table.shape[1] == 1:
+        raise TargetError(
+            f"score={unit!r} compares classes, but the model returns one score per sample. Use score='logit'."
+        )
+    if unit == "contrast":
+        best = table.topk(2, dim=1)
+        others = torch.where(indices == best.indices[:, :1], best.values[:, 1:], best.values[:, :1])
+        return table.gather(1, indices) - others
+    log_prob = table.log_softmax(1).gather(1, indices)
+    return log_prob.exp() if unit == "prob" else log_prob
 
 
 def _table(outputs: Tensor) -> Tensor:

@@ -114,6 +114,8 @@ def test_the_demo_shows_every_method_and_the_default_is_a_part() -> None:
     demo, default = ([name for name, _ in parse_methods(text)] for text in (DEMO_METHODS, DEFAULT_METHODS))
     built_in = {name for name in attrbox.list_methods() if not name.startswith("test")}
     built_in -= {"learned_rank", "learned_transfer"}  # noise to the eye; needs rules
+    # Minutes on a CPU; benchmarks/perturbation.py makes their picture.
+    built_in -= {"mask", "smask", "rise", "lime", "kernel_shap"}
     assert set(demo) >= built_in
     assert set(default) < set(demo)
 

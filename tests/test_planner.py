@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from nets import images, relu_net, squeeze_excitation_net, vector_net
+from nets import FAST, images, relu_net, squeeze_excitation_net, vector_net
 from torch import nn
 
 import attrbox
@@ -94,10 +94,9 @@ def test_integrated_gradients_needs_its_steps_and_two_scores():
 def test_compare_equals_explain():
     model = squeeze_excitation_net()
     names = [name for name in attrbox.list_methods() if not attrbox.methods[name].required]
-    few = {name: {"iterations": 3} for name in ("learned", "learned_rank", "learned_clean")}
-    together = compare(model, [(name, few.get(name, {})) for name in names], target=attrbox.top(2))
+    together = compare(model, [(name, FAST.get(name, {})) for name in names], target=attrbox.top(2))
     for name in names:
-        alone = attrbox.explain(model, X, name, target=attrbox.top(2), progress=False, **few.get(name, {}))
+        alone = attrbox.explain(model, X, name, target=attrbox.top(2), progress=False, **FAST.get(name, {}))
         torch.testing.assert_close(together[name].values, alone.values)
         assert together[name].coverage == alone.coverage
 

@@ -11,24 +11,39 @@ README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 def test_the_code_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.S)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     # The same without a download, on small images, with few steps.
     code = "\n".join(blocks).replace('weights="DEFAULT"', "weights=None").replace("224", "32").replace("100", "3")
     names: dict[str, object] = {}
     try:
         exec(code, names)
         assert names["maps"].values.shape == (4, 3, 32, 32)
-        assert names["result"]["grad_cam"].heatmap().shape == (4, 2, 32, 32)
+        assert names["result"]["grad_cam"].heatmap().shape == (4, 32, 32)
         assert (tmp_path / "comparison.png").stat().st_size > 10_000
         assert (tmp_path / "maps.h5").exists()
+        assert set(names["scores"]) == {"saliency", "deeplift", "grad_cam", "random", "sobel"}
+        assert names["scores"]["saliency"]["morf"].auc.shape == (4,)
     finally:
         for registry in (attrbox.methods, attrbox.rules):
             if "absolute" in registry:
                 registry.remove("absolute")
 
 
+def section(title: str) -> str:
+    return README.split(f"## {title}\n")[1].split("\n## ")[0]
+
+
+def test_the_table_lists_every_metric_and_where_better_is():
+    rows = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \| ([a-z, ]+) \|", section("Measuring"), flags=re.M)
+    found = {}
+    for names, better in rows:
+        listed, directions = re.findall(r"\w+", names), better.split(", ")
+        found |= dict(zip(listed, directions if len(directions) > 1 else directions * len(listed), strict=True))
+    assert found == {name: attrbox.metrics[name].better for name in attrbox.list_metrics()}
+
+
 def test_the_table_lists_every_method():
-    rows = re.findall(r"^\| `(\w+)`(?: \[([^\]]+)\])? \|", README, flags=re.M)
+    rows = re.findall(r"^\| `(\w+)`(?: \[([^\]]+)\])? \|", section("Methods"), flags=re.M)
     assert {name for name, _ in rows} == set(attrbox.list_methods())
     for name, alias in rows:
         assert not alias or attrbox.methods[alias].name == name

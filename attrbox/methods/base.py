@@ -14,16 +14,18 @@ ask for the same one share it.
 
 import dataclasses
 import difflib
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from attrbox.engine.site import Rule
 from attrbox.errors import OptionError
+from attrbox.perturbations import FILLS
 from attrbox.registry import Registry
 from attrbox.shapes import ChannelReduction, Coverage
 
@@ -48,7 +50,14 @@ def option(default: Any, help: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Method(ABC):
-    """A method with its options set. Checks of options go into `__post_init__` and raise `OptionError`."""
+    """A method with its options set. Checks of options go into `__post_init__` and raise `OptionError`.
+
+    Attributes:
+        needs_gradients: whether the model must be an `nn.Module` that can be differentiated. Methods that do not need
+            it take any callable.
+    """
+
+    needs_gradients: ClassVar[bool] = True
 
     @abstractmethod
     def attribute(self, run: "Run") -> Tensor:
@@ -75,6 +84,11 @@ class Method(ABC):
         """Forward and backward passes per image, for the progress bar and the size of chunks."""
         return 1
 
+    def passes_on(self, images: Tensor) -> int:
+        """The same, where it depends on the shape of the images."""
+        del images
+        return self.passes
+
     @property
     def memory(self) -> float:
         """What `attribute` holds per image, in units of what one forward pass leaves for its backward pass."""
@@ -87,6 +101,8 @@ class Method(ABC):
 
     def coverage(self, run: "Run") -> Coverage:
         """How the model's non-linear operations were treated."""
+        if not self.needs_gradients:
+            return Coverage(black_box=True)
         return next((run.tape.coverage(rule) for rule in self.rules if rule is not None), Coverage())
 
 
@@ -102,26 +118,35 @@ class OptionInfo:
         return f"{self.name}={self.default!r}: {self.help}"
 
 
+def option_infos(cls: type) -> tuple[OptionInfo, ...]:
+    """The options of a dataclass: its fields."""
+    fields = dataclasses.fields(cls)
+    return tuple(OptionInfo(f.name, f.default, str(f.metadata.get("help", ""))) for f in fields if f.init)
+
+
+B = TypeVar("B")
+
+
 @dataclass(frozen=True)
-class MethodSpec:
-    """A registry record. `attrbox.methods["deeplift"].options` lists what can be set."""
+class Spec(Generic[B]):
+    """A registry record of something with options: a method, a metric. `build(**options)` makes one."""
+
+    kind: ClassVar[str]
 
     name: str
-    build: Callable[..., Method] = field(repr=False)
+    build: Callable[..., B] = field(repr=False)
     summary: str
     reference: str
     options: tuple[OptionInfo, ...] = ()
     aliases: tuple[str, ...] = ()
-    reduction: ChannelReduction = "sum"
-    units: str = "score"
 
     @property
     def required(self) -> tuple[str, ...]:
-        """The options without which the method cannot run."""
+        """The options without which it cannot be built."""
         return tuple(info.name for info in self.options if info.default is REQUIRED)
 
-    def create(self, options: Mapping[str, Any]) -> Method:
-        """The method with these options.
+    def create(self, options: Mapping[str, Any]) -> B:
+        """The method, or whatever it is, with these options.
 
         Raises:
             OptionError: an option is unknown, missing or out of range.
@@ -132,21 +157,75 @@ class MethodSpec:
                 near = difflib.get_close_matches(name, known, n=1)
                 hint = f"Did you mean {near[0]!r}? " if near else ""
                 raise OptionError(
-                    f"The method {self.name!r} has no option {name!r}. {hint}"
+                    f"The {self.kind} {self.name!r} has no option {name!r}. {hint}"
                     f"Options: {', '.join(sorted(known)) or 'none'}."
                 )
         for info in self.options:
             if info.default is REQUIRED and info.name not in options:
-                raise OptionError(f"The method {self.name!r} needs the option {info.name!r}: {info.help}.")
+                raise OptionError(f"The {self.kind} {self.name!r} needs the option {info.name!r}: {info.help}.")
         try:
             return self.build(**options)
         except TypeError as error:  # wrong types that a method's own checks compare
-            raise OptionError(f"The options {dict(options)!r} do not fit the method {self.name!r}: {error}.") from error
+            raise OptionError(
+                f"The options {dict(options)!r} do not fit the {self.kind} {self.name!r}: {error}."
+            ) from error
+
+
+@dataclass(frozen=True)
+class MethodSpec(Spec[Method]):
+    """The record of a method. `attrbox.methods["deeplift"].options` lists what can be set."""
+
+    kind: ClassVar[str] = "method"
+
+    reduction: ChannelReduction = "sum"
+    units: str = "score"
 
     def settings(self, method: Method) -> dict[str, Any]:
         """The value of each option of a method that `create` made."""
         rule = getattr(method, "rule", None)  # a rule's own options are those of the method too
         return {info.name: getattr(method, info.name, getattr(rule, info.name, None)) for info in self.options}
+
+
+S = TypeVar("S", bound=Spec[Any])
+
+
+def choose(registry: Registry[S], entries: Sequence["str | tuple[str, Mapping[str, Any]]"]) -> dict[str, tuple[S, Any]]:
+    """What is asked for by name, or by name and options: label -> the record and what it builds.
+
+    A name that comes twice is told apart by its options, as in "integrated_gradients(steps=100)".
+
+    Raises:
+        OptionError: nothing is asked for, or the same twice, or with options that do not fit.
+        UnknownNameError: there is nothing of that name.
+    """
+    if isinstance(entries, str) or not entries:
+        raise OptionError(
+            f"Expected a list of {registry.kind}s by name, or (name, {{'option': value}}), got {entries!r}."
+        )
+    chosen: dict[str, tuple[S, Any]] = {}
+    for entry in entries:
+        name, options = (entry, {}) if isinstance(entry, str) else _pair(registry.kind, entry)
+        spec = registry[name]
+        label = spec.name
+        if label in chosen:
+            label = f"{label}({', '.join(f'{key}={_short(value)}' for key, value in options.items())})"
+        if label in chosen:
+            raise OptionError(f"The {registry.kind} {label!r} is listed twice with the same options.")
+        chosen[label] = (spec, spec.create(options))
+    return chosen
+
+
+def _pair(kind: str, entry: object) -> tuple[str, Mapping[str, Any]]:
+    if isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[0], str) and isinstance(entry[1], Mapping):
+        return entry[0], entry[1]
+    raise OptionError(f"Expected a {kind}'s name or a pair (name, {{option: value}}), got {entry!r}.")
+
+
+def _short(value: object) -> str:
+    """An option in a label: a tensor by its shape, a model by its class."""
+    if isinstance(value, torch.nn.Module):
+        return type(value).__name__
+    return f"tensor{list(value.shape)}" if isinstance(value, Tensor) else str(value)
 
 
 methods: Registry[MethodSpec] = Registry("method", "attrbox.methods")
@@ -162,6 +241,7 @@ def register_method(
     aliases: tuple[str, ...] = (),
     reduction: ChannelReduction = "sum",
     units: str = "score",
+    presets: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Callable[[M], M]:
     """Class decorator: enter a `Method` into the registry under `name`.
 
@@ -172,15 +252,23 @@ def register_method(
         aliases: other names, for instance the paper's abbreviation.
         reduction: how the channels become one map for the eye.
         units: what one unit of the map is, in words.
+        presets: name -> options that it sets, for a method with an option `preset`; the first is the default, and
+            options that are given win over it.
 
     Raises:
         DuplicateNameError: the name or an alias is taken.
     """
 
     def enter(cls: M) -> M:
-        fields = dataclasses.fields(cls)
-        options = tuple(OptionInfo(f.name, f.default, str(f.metadata.get("help", ""))) for f in fields if f.init)
-        methods.add(MethodSpec(name, cls, summary, reference, options, aliases, reduction, units))
+        known = presets or {}
+
+        def from_preset(**given: Any) -> Method:
+            preset = given.get("preset", next(iter(known)))
+            check_choice("preset", preset, tuple(known))
+            return cls(**(dict(known[preset]) | given))
+
+        build: Callable[..., Method] = from_preset if known else cls
+        methods.add(MethodSpec(name, build, summary, reference, option_infos(cls), aliases, reduction, units))
         return cls
 
     return enter
@@ -210,6 +298,17 @@ def check_count(name: str, value: object) -> None:
     check(valid, name, "a whole number >= 1", value)
 
 
+def check_number(
+    name: str, value: object, *, above: float = -math.inf, least: float = -math.inf, most: float = math.inf
+) -> None:
+    """A finite number within bounds."""
+    valid = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    bounds = [f"> {above:g}"] * (above > -math.inf) + [f">= {least:g}"] * (least > -math.inf)
+    bounds += [f"<= {most:g}"] * (most < math.inf)
+    inside = valid and above < float(value) <= most and float(value) >= least  # type: ignore[arg-type]
+    check(inside, name, " and ".join(["a number", *bounds]), value)
+
+
 def check_flag(name: str, value: object) -> None:
     """True or False."""
     check(isinstance(value, bool), name, "True or False", value)
@@ -227,11 +326,19 @@ def check_layer(value: object) -> None:
     )
 
 
-def check_baseline(value: object) -> None:
+def check_baseline(value: object, name: str = "baseline") -> None:
     """A number or a tensor; its shape is checked against the images later."""
     number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
     valid = number or isinstance(value, Tensor)
-    check(valid, "baseline", "a finite number, or a tensor of shape [C, H, W], [1, C, H, W] or [N, C, H, W]", value)
+    check(valid, name, "a finite number, or a tensor of shape [C, H, W], [1, C, H, W] or [N, C, H, W]", value)
+
+
+def check_fill(value: object, further: tuple[str, ...] = ()) -> None:
+    """One of the words for a fill, or a baseline."""
+    if isinstance(value, str):
+        check_choice("fill", value, (*FILLS, *further))
+    else:
+        check_baseline(value, "fill")
 
 
 def identity(value: object) -> object:

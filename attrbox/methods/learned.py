@@ -30,7 +30,7 @@ from torch import Tensor
 
 from attrbox.engine.site import Site
 from attrbox.engine.tape import Tape
-from attrbox.errors import InputError, ModelError, OptimisationWarning, OptionError
+from attrbox.errors import ModelError, OptimisationWarning, OptionError
 from attrbox.masks import MaskGenerator, masks
 from attrbox.methods.base import (
     REQUIRED,
@@ -41,13 +41,14 @@ from attrbox.methods.base import (
     check_choice,
     check_count,
     check_flag,
+    check_number,
     methods,
     option,
     register_method,
 )
 from attrbox.methods.learned_rules import LearnedRules, as_rules, site_name
 from attrbox.methods.run import Run
-from attrbox.perturbations import gaussian_blur
+from attrbox.perturbations import fill_images, gaussian_blur
 from attrbox.rules.learned import Differences, LearnedRule, plugins
 from attrbox.shapes import Coverage, Operated
 
@@ -123,14 +124,14 @@ class Learned(Propagating):
         for name in ("fast", "decay", "reference", "sign_aware", "keep_rules"):
             check_flag(name, getattr(self, name))
         for name in ("lr", "sharpness", "temperature"):
-            _check_number(name, getattr(self, name), above=0)
+            check_number(name, getattr(self, name), above=0)
         for name in ("weight", "tolerance"):
-            _check_number(name, getattr(self, name), least=0)
-        _check_number("center_positive", self.center_positive)
-        _check_number("center_negative", self.center_negative)
-        _check_number("fraction", self.fraction, above=0, most=1)
+            check_number(name, getattr(self, name), least=0)
+        check_number("center_positive", self.center_positive)
+        check_number("center_negative", self.center_negative)
+        check_number("fraction", self.fraction, above=0, most=1)
         if self.sigma is not None:
-            _check_number("sigma", self.sigma, least=0, most=0.5)
+            check_number("sigma", self.sigma, least=0, most=0.5)
         check_choice("feature", self.feature, ("output", "input"))
         check_choice("initial", self.initial, ("normal", "ones"))
         check_choice("fill", self.fill, (*FILLS, "random"))
@@ -187,15 +188,6 @@ class Learned(Propagating):
         if self.keep_rules:
             run.tell(rules=_kept(self, found))
         return values
-
-
-def _check_number(
-    name: str, value: object, *, above: float = -math.inf, least: float = -math.inf, most: float = math.inf
-) -> None:
-    valid = isinstance(value, int | float) and not isinstance(value, bool) and above < value <= most and value >= least
-    bounds = [f"> {above}"] * (above > -math.inf) + [f">= {least}"] * (least > -math.inf)
-    bounds += [f"<= {most}"] * (most < math.inf)
-    check(valid and abs(float(value)) < math.inf, name, " and ".join(["a number", *bounds]), value)  # type: ignore[arg-type]
 
 
 # ------------------------------------------------------------------------------------------------------ one problem
@@ -371,7 +363,7 @@ class _Game:
         self.run = run
         self.images = images
         self.k = k
-        self.fills = self._fills()
+        self._kept: dict[str, Tensor] = {}
         with torch.no_grad():
             self.score = self._score(run.output(run.recording(method.plugged, _key(method.plugged))), run.indices)
 
@@ -423,34 +415,21 @@ class _Game:
         log_prob = output.log_softmax(1).gather(1, indices[:, self.k : self.k + 1])[:, 0]
         return log_prob.exp() if self.method.score == "prob" else log_prob
 
-    def _fills(self) -> dict[str, Tensor]:
-        """The fills that do not change from iteration to iteration."""
-        images = self.images
-        fills = {"zero": torch.zeros_like(images[:1])}
-        if self.method.fill in ("blur", "random"):
-            if images.dim() != 4:
-                raise InputError(
-                    f"The fill {self.method.fill!r} blurs images [N, C, H, W], got {list(images.shape)}. "
-                    "Use fill='zero' or fill='noise'."
-                )
-            fills["blur"] = gaussian_blur(images, 0.05 * max(images.shape[-2:]))
-        if self.method.fill in ("noise", "random"):
-            axes = tuple(range(2, images.dim())) or (1,)
-            fills["mean"] = images.mean(axes, keepdim=True)
-            fills["deviation"] = images.std(axes, keepdim=True, unbiased=False)
-        return fills
-
     def _fill(self, draw: int, choice: Tensor) -> Tensor:
-        """What the masked pixels of this iteration show, [1 or n, C, ...]: zero, the image blurred (standard deviation
-        5 % of its side), or Gaussian noise with its mean and deviation per channel."""
-        kind, fills = self.method.fill, self.fills
-        if kind in ("zero", "blur"):
-            return fills[kind]
-        noise = fills["mean"] + fills["deviation"] * self.run.normal(draw + _NOISE)
-        if kind == "noise":
-            return noise
+        """What the masked pixels of this iteration show, [1 or n, C, ...]."""
+        if self.method.fill != "random":
+            return self._shown(self.method.fill, draw)
         number = (choice * len(FILLS)).long().view(-1, *(1,) * (self.images.dim() - 1))
-        return noise * (number == 2) + fills["blur"] * (number == 1)
+        zero, blur, noise = (self._shown(fill, draw) for fill in FILLS)
+        return zero * (number == 0) + blur * (number == 1) + noise * (number == 2)
+
+    def _shown(self, fill: str, draw: int) -> Tensor:
+        """One fill; those that are the same in every iteration are kept."""
+        if fill == "noise":
+            return fill_images(self.images, fill, lambda: self.run.normal(draw + _NOISE))
+        if fill not in self._kept:
+            self._kept[fill] = fill_images(self.images, fill, lambda: self.images)
+        return self._kept[fill]
 
 
 def _kept(method: Learned, found: list[list[_Learnt]]) -> LearnedRules:

@@ -1,6 +1,7 @@
 """A random map: the control that every other method has to beat."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -17,6 +18,8 @@ from attrbox.methods.run import Run
 @dataclass(frozen=True, kw_only=True)
 class Random(Method):
     """Independent standard normal numbers, from the image's seed alone."""
+
+    needs_gradients: ClassVar[bool] = False
 
     @property
     def passes(self) -> int:

@@ -20,8 +20,11 @@ from attrbox.engine.site import Rule
 from attrbox.engine.stem import Stem, stem_of
 from attrbox.engine.tape import Tape, record
 from attrbox.errors import InputError, ModelError
+from attrbox.guard import BlackBox
 from attrbox.memory import backing_off
 from attrbox.methods.base import identity
+from attrbox.perturbations import fill_images
+from attrbox.seeds import numbers
 from attrbox.targets import Target, unwrap
 
 T = TypeVar("T")
@@ -132,6 +135,14 @@ class Run:
         """The explained scores of the images, [n, K], without gradient."""
         return self._scored()[0]
 
+    def scores_in(self, unit: str) -> Tensor:
+        """The same in another unit (`attrbox.targets.UNITS`), [n, K]; one more pass unless it is "logit"."""
+
+        def compute() -> Tensor:
+            return self.settings.target.score(self.bare(self.images), self.indices, unit).to(self.images.dtype)
+
+        return self.scores if unit == "logit" else self._once(("scored", unit), compute)
+
     @property
     def indices(self) -> Tensor | None:
         """The explained class indices, [n, K]; None for a target function."""
@@ -232,6 +243,18 @@ class Run:
             f"{[self.settings.target.samples, *wanted]}, got {list(tensor.shape)}."
         )
 
+    def fill(self, fill: "str | float | Tensor", sigma: float, draw: int = 0) -> Tensor:
+        """What hidden pixels show, [1 or n, C, ...]: a baseline, or one of the words of `attrbox.perturbations.FILLS`.
+
+        Args:
+            fill: a number, a tensor or a word.
+            sigma: standard deviation of the fill "blur", in pixels.
+            draw: which numbers of each image's stream the fill "noise" takes.
+        """
+        if not isinstance(fill, str):
+            return self.baseline(fill)
+        return fill_images(self.images, fill, lambda: self.normal(draw), sigma)
+
     def reference(self, baseline: float | Tensor) -> Reference:
         """The recorded forward pass of a baseline."""
 
@@ -317,18 +340,17 @@ class Run:
 
     def numbers(self, draw: int, shape: Sequence[int], uniform: bool = False) -> Tensor:
         """Standard normal numbers, or uniform ones in [0, 1): draw `draw` of each image's stream, [1 or n, *shape]."""
+        return numbers(self.seeds, draw, shape, self.images, uniform)
+
+    def numbers_of(self, row: int, draw: int, shape: Sequence[int]) -> Tensor:
+        """Uniform numbers in [0, 1) of one image alone, of a shape of its own: draw `draw` of its stream."""
+        return numbers([self.seeds[row % len(self.seeds)]], draw, shape, self.images, uniform=True)[0]
+
+    @property
+    def seeds(self) -> Sequence[int]:
+        """The seeds of the chunk: one for all of its images, or one for each."""
         seeds = self.settings.seeds
-        seeds = seeds if len(seeds) == 1 else seeds[self.rows]
-        like = self.images
-        if like.is_meta:
-            return like.new_empty((len(seeds), *shape))
-        generator = torch.Generator(like.device)
-        numbers = []
-        for seed in seeds:
-            generator.manual_seed(_mixed(seed, draw))
-            function = torch.rand if uniform else torch.randn
-            numbers.append(function(*shape, generator=generator, device=like.device, dtype=like.dtype))
-        return torch.stack(numbers)
+        return seeds if len(seeds) == 1 else seeds[self.rows]
 
     def _noise(self, draws: slice) -> Tensor:
         return torch.stack([self.normal(draw) for draw in range(draws.start, draws.stop)])
@@ -355,22 +377,31 @@ class Run:
         `inputs(draws)` makes the versions, [draws, n, ...]. Groups are as large as `per_pass` allows, and shrink when
         memory runs out. With `at_stem` the gradients may be those behind the stem that comes with them.
         """
-        indices = self.indices
-        n = len(self.images)
+
+        def work(group: slice, size: int) -> tuple[Tensor, Stem | None]:
+            versions = inputs(group)
+            gradients, stem = self._native(versions.flatten(0, 1), self._indices(len(versions)), size, at_stem)
+            return gradients.view(*versions.shape[:2], *gradients.shape[1:]), stem
+
+        for group, (gradients, stem) in self._grouped(draws, work):
+            yield group, gradients, stem
+
+    def _grouped(self, draws: int, work: Callable[[slice, int], T]) -> Iterator[tuple[slice, T]]:
+        """`work(group, per_pass)` for one group of draws after the other, as large as memory allows."""
         start = 0
         while start < draws:
 
-            def work(size: int, start: int = start) -> tuple[slice, Tensor, Stem | None]:
-                group = slice(start, min(draws, start + max(1, size // n)))
-                versions = inputs(group)
-                count = len(versions)
-                repeated = None if indices is None else indices.repeat(count, 1)
-                gradients, stem = self._native(versions.flatten(0, 1), repeated, size, at_stem)
-                return group, gradients.view(count, n, *gradients.shape[1:]), stem
+            def attempt(size: int, start: int = start) -> tuple[slice, T]:
+                group = slice(start, min(draws, start + max(1, size // len(self.images))))
+                return group, work(group, size)
 
-            (group, gradients, stem), self.per_pass = backing_off(self.per_pass, work)
-            yield group, gradients, stem
+            (group, result), self.per_pass = backing_off(self.per_pass, attempt)
+            yield group, result
             start = group.stop
+
+    def _indices(self, count: int) -> Tensor | None:
+        """The explained classes of `count` versions of each image, [count * n, K]."""
+        return None if self.indices is None else self.indices.repeat(count, 1)
 
     def _native(
         self, images: Tensor, indices: Tensor | None, per_pass: int, at_stem: bool
@@ -393,6 +424,79 @@ class Run:
             self.settings.progress(len(part))
         return torch.cat(parts) if len(parts) > 1 else parts[0], stem
 
+    def masked(
+        self, draws: int, masks: Callable[[slice], Tensor], fill: Tensor, unit: str = "logit"
+    ) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Scores of many masked versions y + m (x - y) of each image, without gradients.
+
+        Args:
+            draws: versions of each image.
+            masks: a slice of the draws -> their masks m, [draws, 1 or n, 1 or C, ...].
+            fill: y, what shows where the mask is 0, [1 or n, C, ...].
+            unit: what the classes score.
+
+        Yields:
+            Draws, their masks and scores [draws, n, K], by groups as large as memory allows.
+
+        Raises:
+            ModelError: a score is NaN or infinite, or the model returned something ill-shaped.
+        """
+        change = self.images - fill
+
+        def work(group: slice, size: int) -> tuple[Tensor, Tensor]:
+            shown = masks(group)
+            versions = torch.addcmul(fill, shown, change).flatten(0, 1)
+            indices = self._indices(len(shown))
+            scores = []
+            for rows in (slice(i, i + size) for i in range(0, len(versions), size)):
+                output = self.bare(versions[rows])
+                score = self.settings.target.score(output, None if indices is None else indices[rows], unit)
+                scores.append(score.to(self.images.dtype))
+                self.settings.progress(len(score))
+            return shown, torch.cat(scores).view(len(shown), len(self.images), -1)
+
+        finite = torch.ones(len(self.images), dtype=torch.bool, device=self.images.device)
+        for group, (shown, scores) in self._grouped(draws, work):
+            finite &= scores.isfinite().all(2).all(0)
+            yield group, shown, scores
+        if not finite.is_meta and not bool(finite.all()):  # one look at the device, after all passes
+            bad = ((~finite).nonzero().flatten() + self.rows.start).tolist()
+            raise ModelError(
+                f"The model returned NaN or infinite scores on masked versions of the images {bad[:10]}, so nothing "
+                "can be told about these. Mend the model, or fill the masked pixels with something else."
+            )
+
+    def scored(
+        self, versions: Tensor, rows: Tensor, columns: Tensor, unit: str = "logit", gradient: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
+        """Scores of versions of the images, [m], and their gradients with respect to these, [m, C, ...].
+
+        Args:
+            versions: [m, C, ...], in any number and order.
+            rows: whose version each is, [m].
+            columns: which of the K targets it is scored for, [m].
+            unit: what the classes score.
+            gradient: False for the scores alone.
+        """
+
+        def work(size: int) -> tuple[Tensor, Tensor | None]:
+            scores, gradients = [], []
+            pieces = -(-len(versions) // size)
+            for part, row, column in zip(*(t.tensor_split(pieces) for t in (versions, rows, columns)), strict=True):
+                indices = None if self.indices is None else self.indices[row]
+                tape = self.plain(part) if gradient else None
+                output = self.output(tape, len(part)) if tape else self.bare(part)
+                with self.autocast():
+                    score = self.settings.target.score(output, indices, unit).gather(1, column[:, None])[:, 0]
+                scores.append(score.detach().to(versions.dtype))
+                if tape:
+                    gradients.append(tape.replay(score, [tape.images], keep=False)[0])
+                self.settings.progress(len(part))
+            return torch.cat(scores), torch.cat(gradients) if gradient else None
+
+        result, self.per_pass = backing_off(self.per_pass, work)
+        return result
+
     def recording(self, rule: Rule, key: object) -> Tape:
         """A recorded pass of its own for a rule whose replays are differentiated; one for all with the same `key`."""
 
@@ -408,17 +512,28 @@ class Run:
     def plain(self, images: Tensor) -> Tape:
         """A forward pass of any images for their plain gradient, in the fastest way: nothing is recorded, memory
         format channels_last, batch-norm folded into convolutions."""
-        if self.settings.channels_last and images.dim() == 4:
+        return self._fastest(images, lambda images: record(self.model, images))
+
+    def bare(self, images: Tensor) -> Tensor:
+        """The outputs on any images, as fast and without an autograd graph."""
+        with torch.no_grad():  # a copy for the model, which may write into it
+            output = self._fastest(images, lambda images: forward(self.model, images.clone()))
+        return self._check(unwrap(output), len(images))
+
+    def _fastest(self, images: Tensor, function: Callable[[Tensor], T]) -> T:
+        if isinstance(self.model, BlackBox):  # what it does with memory formats is not known
+            images = images.contiguous()
+        elif self.settings.channels_last and images.dim() == 4:
             images = images.contiguous(memory_format=torch.channels_last)
         folding = self._once(("folding",), lambda: Folding.of(self.model, images[:1]))
         with self.autocast():
             if folding is not None:
                 try:
                     with folding.running():
-                        return record(self.model, images)
+                        return function(images)
                 except Unfolded:  # these images take another way through the model; the next ones may do so too
                     self._cache["folding",] = None
-            return record(self.model, images)
+            return function(images)
 
     # ------------------------------------------------------------------------------------------------------- helpers
 
@@ -456,14 +571,6 @@ def noise_key(samples: int, noise: float) -> tuple[object, ...]:
 
 def _steps(nodes: Tensor, like: Tensor) -> Tensor:
     return nodes.view(-1, *(1,) * like.dim())
-
-
-def _mixed(seed: int, draw: int) -> int:
-    """A seed of 63 bits for one draw of one stream (SplitMix64's finaliser, so that neighbours are unrelated)."""
-    z = (seed * 0x9E3779B97F4A7C15 + (draw + 1) * 0xD1B54A32D192ED03) % 2**64
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
-    return (z ^ (z >> 31)) % 2**63
 
 
 def _midpoint(steps: int) -> tuple[Any, Any]:

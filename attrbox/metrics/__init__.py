@@ -1,0 +1,1 @@
+"""Metrics, one family a file; importing a module registers its metrics."""

@@ -1,0 +1,237 @@
+"""Where maps come from: a `Comparison`, an open HDF5 file, a mapping of tensors; and the controls beside them.
+
+Whatever they come from, they are read chunk by chunk, so that a file may be larger than the memory.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import h5py
+import torch
+from torch import Tensor, nn
+
+from attrbox.compare import Comparison
+from attrbox.errors import InputError
+from attrbox.hdf5 import dataset_name
+from attrbox.methods.base import methods as registry
+from attrbox.metrics.study import Explainer, Maps, Recipe
+from attrbox.seeds import numbers
+from attrbox.shapes import Attribution, ChannelReduction
+
+MapsLike: TypeAlias = "Mapping[str, Any] | h5py.File"
+# What makes maps again: a function, a method, or a method with its options.
+ExplainerLike: TypeAlias = "str | tuple[str, Mapping[str, Any]] | Explainer"
+
+# An explainer that ignores the model.
+Control: TypeAlias = Callable[[nn.Module | None, Tensor, Tensor | None, Sequence[int]], Tensor]
+
+# The draw of a sample's stream that is the random control.
+_CONTROL = 2**40 + 2
+_SOBEL = ((-1.0, 0.0, 1.0), (-2.0, 0.0, 2.0), (-1.0, 0.0, 1.0))
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """The maps of one method, on demand.
+
+    Attributes:
+        values: [N, C, H, W], [N, 1, H, W] or [N, H, W]: a tensor, an array or a dataset.
+        reduction: how channels become one map: "sum" or "max".
+        target: the classes that they explain, [N]; None if that is not known.
+        function: whether they explain a function instead.
+        explainer: makes them again.
+    """
+
+    values: Any
+    reduction: ChannelReduction = "sum"
+    target: Tensor | None = None
+    function: bool = False
+    explainer: Explainer | None = None
+
+
+def read(maps: MapsLike, explainers: Mapping[str, ExplainerLike] | None = None) -> dict[str, Source]:
+    """The maps of each label.
+
+    Raises:
+        InputError: there are none, or something else, or maps of several targets at once, or an explainer of none.
+    """
+    seed = maps.seed if isinstance(maps, Comparison) else 0
+    if isinstance(maps, h5py.Group):
+        sources = _in_file(maps)
+    elif isinstance(maps, Mapping):
+        sources = {label: _source(label, maps[label], seed) for label in maps}
+    else:
+        raise InputError(
+            f"Expected maps as a Comparison, a mapping from names to tensors, or an open HDF5 file, got "
+            f"{type(maps).__name__}. For one method: {{'name': maps}}."
+        )
+    if not sources:
+        raise InputError("Expected the maps of at least one method, got none.")
+    given = dict(explainers or {})
+    if stray := sorted(given.keys() - sources.keys()):
+        raise InputError(f"Expected explainers of {', '.join(sources)}, got some of {', '.join(stray)}.")
+    return {
+        label: source if label not in given else _explained_by(source, given[label])
+        for label, source in sources.items()
+    }
+
+
+def _source(label: str, maps: Any, seed: int | Sequence[int]) -> Source:
+    if not isinstance(maps, Attribution):
+        if not hasattr(maps, "shape") or not hasattr(maps, "__getitem__"):
+            raise InputError(f"Expected the maps of {label!r} as a tensor [N, H, W], got {type(maps).__name__}.")
+        return Source(maps)
+    _check_one_target(label, tuple(maps.score.shape))
+    recipe = Recipe(maps.method, maps.options, seed)
+    return Source(maps.values, maps.reduction, maps.target, maps.target is None, recipe)
+
+
+def _check_one_target(label: str, scores: tuple[int, ...]) -> None:
+    if len(scores) > 1:
+        raise InputError(
+            f"The maps of {label!r} explain {scores[1]} targets for each image; metrics take one. Measure them one by "
+            "one: evaluate(model, images, {name: maps.values[:, k]}, target=maps.target[:, k])."
+        )
+
+
+def _in_file(file: h5py.Group) -> dict[str, Source]:
+    """What `attrbox.hdf5.write_maps` wrote."""
+    if "maps" not in file or "samples" not in file:
+        raise InputError("Expected a file that attrbox wrote, with /maps and /samples, got another.")
+    samples = file["samples"]
+    target = torch.as_tensor(samples["target"][()]) if "target" in samples else None
+    if "score" in samples:
+        _check_one_target("the file", samples["score"].shape)
+    sources = {}
+    for name, dataset in file["maps"].items():
+        attributes = dict(dataset.attrs)
+        label = attributes.get("label", name)
+        done = samples[f"done/{dataset_name(label)}"][()]
+        if not done.all():
+            raise InputError(
+                f"Only {int(done.sum())} of {len(done)} maps of {label!r} are in the file. Finish writing it first."
+            )
+        seed = samples["seed"][()].tolist() if "seed" in samples else int(attributes.get("seed", 0))
+        reduction: ChannelReduction = "max" if attributes.get("reduction") == "max" else "sum"
+        sources[label] = Source(dataset, reduction, target, target is None, _recipe(attributes, seed))
+    return sources
+
+
+def _recipe(attributes: Mapping[str, Any], seed: int | Sequence[int]) -> Recipe | None:
+    """How the maps of a file were made; None if the file cannot tell, as of options that are tensors."""
+    method, options = attributes.get("method"), json.loads(attributes.get("options", "{}"))
+    if method not in registry or any(isinstance(value, dict) for value in options.values()):
+        return None
+    return Recipe(str(method), options, seed)
+
+
+def _explained_by(source: Source, explainer: ExplainerLike) -> Source:
+    if isinstance(explainer, str):
+        explainer = (explainer, {})
+    if isinstance(explainer, tuple):
+        name, options = explainer
+        explainer = Recipe(registry[name].name, options)
+    elif not callable(explainer) and not isinstance(explainer, Recipe):
+        raise InputError(
+            f"Expected an explainer as a method's name, (name, {{option: value}}) or a function, got {explainer!r}."
+        )
+    return Source(source.values, source.reduction, source.target, source.function, explainer)
+
+
+def known_target(sources: Mapping[str, Source]) -> Tensor | None:
+    """The classes [N] that the maps are known to explain.
+
+    Raises:
+        InputError: they explain different ones, or a function, which only the caller has.
+    """
+    if any(source.function for source in sources.values()):
+        raise InputError("The maps explain a function. Pass it again: evaluate(..., target=function).")
+    known = {label: source.target for label, source in sources.items() if source.target is not None}
+    if not known:
+        return None
+    first, target = next(iter(known.items()))
+    for label, other in known.items():
+        if not torch.equal(other.cpu(), target.cpu()):
+            raise InputError(f"{first!r} and {label!r} explain different targets. Evaluate them one by one.")
+    return target
+
+
+def chunk(label: str, source: Source, rows: slice, images: Tensor) -> Maps:
+    """The maps of some samples, [n, C or 1, H, W], on the device and in the dtype of these.
+
+    Raises:
+        InputError: their shape is another, or they are not finite.
+    """
+    part = source.values[rows]
+    values = part.detach().to(images) if isinstance(part, Tensor) else torch.as_tensor(part).to(images)
+    if not bool(values.isfinite().all()):
+        bad = (~values.isfinite()).flatten(1).any(1).nonzero().flatten() + rows.start
+        raise InputError(
+            f"Expected finite maps, got NaN or infinity in those of {label!r}, samples {bad.tolist()[:10]}. Leave out "
+            "these samples, or the method."
+        )
+    if images.dim() > 2 and values.dim() == images.dim() - 1:
+        values = values[:, None]
+    return Maps(values, source.reduction if values.dim() > 2 else "sum", source.explainer)
+
+
+def check_shapes(sources: Mapping[str, Source], images: Tensor) -> None:
+    """Refuse maps of other samples or another size.
+
+    Raises:
+        InputError: with what was expected.
+    """
+    count, sides = len(images), tuple(images.shape[2:]) if images.dim() > 2 else tuple(images.shape[1:])
+    for label, source in sources.items():
+        shape = tuple(source.values.shape)
+        allowed = (
+            {(count, *sides)}
+            if images.dim() == 2
+            else {(count, *sides), (count, 1, *sides), (count, images.shape[1], *sides)}
+        )
+        if shape not in allowed:
+            many = len(shape) == len(images.shape) + 1
+            remedy = (
+                "Choose one target: maps[:, k]."
+                if many
+                else "Pass the images that the maps are of."
+                if shape[:1] != (count,)
+                else "Resize the maps to the images."
+            )
+            raise InputError(
+                f"Expected maps of the {count} images, {list(sides)} each, with or without channels, got "
+                f"{list(shape)} for {label!r}. {remedy}"
+            )
+
+
+# ------------------------------------------------------------------------------------------------------- the controls
+
+
+def random_control(model: nn.Module | None, images: Tensor, target: Tensor | None, seeds: Sequence[int]) -> Tensor:
+    """Standard normal numbers from the seed of each image alone, [n, 1, H, W] ([n, D] for vectors)."""
+    del model, target
+    shape = images.shape[1:] if images.dim() == 2 else (1, *images.shape[2:])
+    return numbers(seeds, _CONTROL, shape, images)
+
+
+def sobel_control(model: nn.Module | None, images: Tensor, target: Tensor | None, seeds: Sequence[int]) -> Tensor:
+    """Edges: the length of the Sobel gradient of the channels' mean, [n, 1, H, W]; border pixels are repeated."""
+    del model, target, seeds
+    across = torch.tensor(_SOBEL, dtype=images.dtype, device=images.device)
+    kernels = torch.stack([across, across.T])[:, None]
+    grey = nn.functional.pad(images.mean(1, keepdim=True), (1, 1, 1, 1), mode="replicate")
+    edges: Tensor = nn.functional.conv2d(grey, kernels).square().sum(1, keepdim=True).sqrt()
+    return edges
+
+
+def defined_controls(images: Tensor) -> dict[str, Control]:
+    """The controls that are defined on images of this shape, by name."""
+    edges: dict[str, Control] = {"sobel": sobel_control} if images.dim() == 4 else {}
+    return {"random": random_control, **edges}
+
+
+def control_maps(control: Control, images: Tensor, seeds: Sequence[int]) -> Maps:
+    """The maps of a control."""
+    return Maps(control(None, images, None, seeds), "sum", control)

@@ -1,0 +1,362 @@
+"""A study: a chunk of images with the maps of all methods, and what metrics may want to know, computed once.
+
+Metrics name the images that the model shall see (`Views`); `Study.scores_of` shows it all of them, cut into batches
+that do not care which metric, method or image a view belongs to.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Literal, TypeAlias, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from attrbox.compare import compare
+from attrbox.engine.recorder import forward
+from attrbox.errors import InputError, OptionError
+from attrbox.memory import backing_off
+from attrbox.perturbations import fill_images
+from attrbox.seeds import numbers, permutations
+from attrbox.shapes import ChannelReduction
+from attrbox.targets import Target, unwrap
+
+T = TypeVar("T")
+
+Scoring: TypeAlias = Literal["logit", "prob", "log_prob", "accuracy"]
+SCORINGS = ("logit", "prob", "log_prob", "accuracy")
+
+# Draws of a sample's stream of random numbers, apart from each other and from those that methods use.
+_TIES, _FILL = 2**40, 2**40 + 1
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a method of the registry made maps: its options, and the seed of the call or one for each of its samples."""
+
+    method: str
+    options: Mapping[str, Any]
+    seed: int | Sequence[int] = 0
+
+
+# Makes maps [n, ...] in another way: (model, images [n, ...], class indices [n] or None, seeds of the images).
+ExplainFunction: TypeAlias = Callable[[nn.Module, Tensor, Tensor | None, Sequence[int]], Tensor]
+Explainer: TypeAlias = Recipe | ExplainFunction
+
+
+@dataclass(frozen=True, eq=False)
+class Maps:
+    """The maps of one method.
+
+    Attributes:
+        values: [n, C or 1, H, W], as the method made them; [n, D] for vectors.
+        reduction: how the channels become one map: their sum, or the largest.
+        explainer: makes them again, if that is possible.
+    """
+
+    values: Tensor
+    reduction: ChannelReduction = "sum"
+    explainer: Explainer | None = None
+
+    @cached_property
+    def heatmap(self) -> Tensor:
+        """The channels reduced as the method wants it, [n, H, W]."""
+        return self.pixels if self.reduction == "sum" else self.values.amax(1)
+
+    @cached_property
+    def pixels(self) -> Tensor:
+        """The sum over the channels, whatever the method's own reduction, [n, H, W]."""
+        return self.values.sum(1) if self.values.dim() > 2 else self.values
+
+
+@dataclass(frozen=True, eq=False)
+class Views:
+    """Images that the model shall see, made when their turn comes.
+
+    Attributes:
+        rows: of which image of the chunk each is a version, [count].
+        make: makes some of them, [m, ...], in the dtype of the images.
+        scoring: what is read from the output: the target's score as it is ("logit"), its softmax ("prob"), the
+            logarithm of that ("log_prob"), or 1 if it is the largest ("accuracy").
+    """
+
+    rows: Tensor
+    make: Callable[[slice], Tensor]
+    scoring: Scoring = "logit"
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+@dataclass(eq=False)
+class Study:
+    """One chunk. Metrics read it; the planner makes it and throws it away.
+
+    Attributes:
+        images: [n, C, H, W], or [n, D], [n, C, L], ...
+        maps: label -> maps of these images.
+        rows: which of the call's samples these are.
+        seeds: the random streams of these images, one each.
+        target: what is explained.
+        model: in evaluation mode; None if no metric asks for it.
+        indices: class indices [n, 1]; None for a target function, or if nobody knows the classes.
+        masks: object masks [h, w] of each image, of the images' size or of the photographs', if there are any.
+        per_pass: how many images a forward pass may take.
+        batch_size: images per pass that the caller asked for, if so.
+        channels_last: show [n, C, H, W] images in this memory format.
+        progress: called with the number of images that the model has seen.
+    """
+
+    images: Tensor
+    maps: Mapping[str, Maps]
+    rows: slice
+    seeds: Sequence[int]
+    target: Target
+    model: nn.Module | None = None
+    indices: Tensor | None = None
+    masks: Sequence[Tensor] | None = None
+    per_pass: int = 8
+    batch_size: int | None = None
+    channels_last: bool = True
+    progress: Callable[[int], None] = lambda images: None
+    _cache: dict[tuple[object, ...], object] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.model is not None and self.indices is None:
+            self.indices = self.target.resolve(self.outputs, self.rows)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def shape(self) -> torch.Size:
+        """Height and width of the images; of vectors the one axis."""
+        return self.images.shape[2:] if self.images.dim() > 2 else self.images.shape[1:]
+
+    @property
+    def pixels(self) -> int:
+        """How many pixels an image has."""
+        return self.shape.numel()
+
+    @property
+    def classes(self) -> Tensor | None:
+        """The explained class of each image, [n], if known."""
+        return None if self.indices is None else self.indices[:, 0]
+
+    # ------------------------------------------------------------------------------------------------- random numbers
+
+    def numbers(self, draw: int, shape: Sequence[int], uniform: bool = False) -> Tensor:
+        """Standard normal numbers, or uniform ones in [0, 1), of each image's own stream, [n, *shape]."""
+        return numbers(self.seeds, draw, shape, self.images, uniform)
+
+    def permutations(self, draw: int, size: int) -> Tensor:
+        """A random order of `size` things from each image's own stream, [n, size]."""
+        return permutations(self.seeds, draw, size, self.images.device)
+
+    def fill(self, fill: float | str, sigma: float | None = None) -> Tensor:
+        """What removed pixels show, [1 or n, C, H, W]; see `attrbox.perturbations.fill_images`."""
+
+        def compute() -> Tensor:
+            return fill_images(self.images, fill, lambda: self.numbers(_FILL, self.images.shape[1:]), sigma)
+
+        return self.once(("fill", fill, sigma), compute)
+
+    # ------------------------------------------------------------------------------------------------------- rankings
+
+    def order(self, region: int = 1, most: int | None = None) -> tuple[Tensor, Tensor]:
+        """The pixels, or regions of `region` x `region` pixels, of each map from the largest value down and from the
+        smallest up: two tensors of indices [labels, n, cells], or at least the first `most` of both.
+
+        One order is the reverse of the other. Ties are broken at random: by the image's seed, and alike for all
+        methods. A region counts by its sum.
+        """
+
+        def compute() -> tuple[Tensor, Tensor]:
+            parts = [self._ordered(self.regions(maps.heatmap, region).flatten(1), most) for maps in self.maps.values()]
+            return torch.stack([first for first, _ in parts]), torch.stack([last for _, last in parts])
+
+        return self.once(("order", region, most), compute)
+
+    def _ordered(self, values: Tensor, most: int | None) -> tuple[Tensor, Tensor]:
+        """Both orders of values [n, cells]."""
+        cells = values.shape[1]
+        shuffled = self.once(("ties", cells), lambda: self.permutations(_TIES, cells))
+        if most is None or most > cells // 4 or values.dtype != torch.float32 or cells >= 2**31:
+            order = torch.sort(values.gather(1, shuffled), dim=1, descending=True, stable=True).indices
+            order = shuffled.gather(1, order)
+            return order, order.flip(1)
+        # The ends of the order alone are a fraction of the work. Each pixel gets a key of its own, so that these are
+        # the ends of one order: the bits of its value, which sort like integers, then its place in the shuffled order.
+        bits = (values + 0.0).view(torch.int32)  # adding zero makes -0 an ordinary zero
+        keys = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long() << 31
+        places = torch.arange(cells, device=values.device).expand_as(shuffled)
+        keys -= self.once(("tie places", cells), lambda: torch.empty_like(shuffled).scatter_(1, shuffled, places))
+        ends = (keys.topk(most, dim=1, largest=largest).indices for largest in (True, False))
+        first, last = ends
+        return first, last
+
+    def regions(self, heatmap: Tensor, region: int) -> Tensor:
+        """Sums over regions of `region` x `region` pixels, those at the right and lower border cut, [n, h, w].
+
+        Raises:
+            InputError: the images have no height and width.
+        """
+        if region == 1:
+            return heatmap
+        if heatmap.dim() != 3:
+            raise InputError(
+                f"Regions need images [N, C, H, W], got maps of shape {list(heatmap.shape)}. Set region=1."
+            )
+        height, width = heatmap.shape[1:]
+        padded = nn.functional.pad(heatmap, (0, -width % region, 0, -height % region))
+        down, across = padded.shape[1] // region, padded.shape[2] // region
+        return padded.view(len(padded), down, region, across, region).sum((2, 4))
+
+    def cells(self, region: int) -> int:
+        """How many regions an image has."""
+        return self.pixels if region == 1 else math.prod(-(-length // region) for length in self.shape)
+
+    def spread(self, cells: Tensor, region: int) -> Tensor:
+        """Cells [m, cells] as pixels that broadcast to images, [m, 1, H, W] ([m, D] for vectors)."""
+        if region > 1:
+            height, width = self.shape
+            grid = cells.view(len(cells), -1, -(-width // region))
+            grid = grid.repeat_interleave(region, 1).repeat_interleave(region, 2)
+            return grid[:, None, :height, :width]
+        return cells if self.images.dim() == 2 else cells.view(len(cells), 1, *self.shape)
+
+    @property
+    def by_pixel(self) -> Tensor:
+        """The images with the channels last, [n, H * W, C], from which batches in that memory format are made."""
+        return self.once(("by pixel",), lambda: self.images.flatten(2).transpose(1, 2).contiguous())
+
+    # ------------------------------------------------------------------------------------------------------ the model
+
+    @property
+    def outputs(self) -> Tensor:
+        """What the model says of the images themselves, [n, classes]."""
+
+        def compute() -> Tensor:
+            parts: list[Tensor] = []
+            while (start := sum(map(len, parts))) < len(self):
+
+                def work(size: int, start: int = start) -> Tensor:
+                    return self._forward(self.images[start : start + size])
+
+                part, self.per_pass = backing_off(self.per_pass, work)
+                parts.append(part)
+            return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+        return self.once(("outputs",), compute)
+
+    def original(self, scoring: Scoring = "logit") -> Tensor:
+        """The score of each image itself, [n]."""
+        rows = torch.arange(len(self), device=self.images.device)
+        return self.once(("original", scoring), lambda: self._score(self.outputs, rows, scoring))
+
+    def scores_of(self, requests: Sequence[Views]) -> list[Tensor]:
+        """The scores of some views, [count] each; all share their batches."""
+        total = sum(map(len, requests))
+        scores = [torch.empty(len(views), dtype=self.images.dtype, device=self.images.device) for views in requests]
+        start = 0
+        while start < total:
+
+            def work(size: int, start: int = start) -> int:
+                pieces = _pieces(requests, start, start + size)
+                images = [requests[index].make(part) for index, part in pieces]
+                outputs = self._forward(torch.cat(images) if len(images) > 1 else images[0])
+                done = 0
+                for index, part in pieces:
+                    views, count = requests[index], part.stop - part.start
+                    scores[index][part] = self._score(outputs[done : done + count], views.rows[part], views.scoring)
+                    done += count
+                return done
+
+            done, self.per_pass = backing_off(self.per_pass, work)
+            start += done
+            self.progress(done)
+        return scores
+
+    def _forward(self, images: Tensor) -> Tensor:
+        assert self.model is not None
+        if self.channels_last and images.dim() == 4:
+            images = images.contiguous(memory_format=torch.channels_last)
+        with torch.no_grad():
+            return unwrap(forward(self.model, images.clone() if images._base is not None else images))
+
+    def _score(self, outputs: Tensor, rows: Tensor, scoring: Scoring) -> Tensor:
+        indices = None if self.indices is None else self.indices[rows]
+        if scoring == "logit":
+            return self.target.score(outputs, indices)[:, 0].to(self.images.dtype)
+        if indices is None:
+            raise OptionError(
+                f"The score {scoring!r} needs classes, but the target is a function. Use score='logit', which is what "
+                "the function returns."
+            )
+        if scoring == "accuracy":
+            return (outputs.argmax(1) == indices[:, 0]).to(self.images.dtype)
+        log = outputs.log_softmax(1).gather(1, indices)[:, 0].to(self.images.dtype)
+        return log.exp() if scoring == "prob" else log
+
+    def explain(self, model: nn.Module, images: Tensor) -> dict[str, Maps]:
+        """The maps of all methods for other images, or another model, by label.
+
+        The target stays that of the study's images. Methods of the registry share their passes.
+        """
+        explainers = {label: maps.explainer for label, maps in self.maps.items()}
+        made: dict[str, Tensor] = {}
+        # One call for the methods whose maps were made with the same seed.
+        recipes = [(label, one) for label, one in explainers.items() if isinstance(one, Recipe)]
+        for seed in {_frozen(recipe.seed): recipe.seed for _, recipe in recipes}.values():
+            alike = {label: recipe for label, recipe in recipes if _frozen(recipe.seed) == _frozen(seed)}
+            made.update(self._compared(model, images, alike, seed))
+        for label, one in explainers.items():
+            if callable(one):
+                with torch.enable_grad():
+                    made[label] = one(model, images, self.classes, self.seeds)
+        return {
+            label: replace(maps, values=made[label].detach().to(self.images).view_as(maps.values))
+            for label, maps in self.maps.items()
+        }
+
+    def _compared(
+        self, model: nn.Module, images: Tensor, recipes: Mapping[str, Recipe], seed: int | Sequence[int]
+    ) -> dict[str, Tensor]:
+        distinct = {f"{recipe.method} {sorted(recipe.options.items())}": recipe for recipe in recipes.values()}
+        listed = [(recipe.method, recipe.options) for recipe in distinct.values()]
+        compared = compare(
+            model,
+            images,
+            listed,
+            target=self.target.function if self.classes is None else self.classes,
+            seed=seed if isinstance(seed, int) else list(seed)[self.rows],
+            batch_size=self.batch_size,
+            channels_last=self.channels_last,
+            progress=False,
+        )
+        maps = dict(zip(distinct, compared.values(), strict=True))
+        return {
+            label: maps[f"{recipe.method} {sorted(recipe.options.items())}"].values for label, recipe in recipes.items()
+        }
+
+    def once(self, key: tuple[Any, ...], compute: Callable[[], T]) -> T:
+        """What `compute` returns, computed the first time that `key` is asked for."""
+        if key not in self._cache:
+            self._cache[key] = compute()
+        return cast(T, self._cache[key])
+
+
+def _frozen(seed: int | Sequence[int]) -> int | tuple[int, ...]:
+    return seed if isinstance(seed, int) else tuple(seed)
+
+
+def _pieces(requests: Sequence[Views], start: int, stop: int) -> list[tuple[int, slice]]:
+    """The views `start` to `stop` of all requests, laid end to end: (request, which of its views)."""
+    pieces, before = [], 0
+    for index, views in enumerate(requests):
+        inside = slice(max(start - before, 0), min(stop - before, len(views)))
+        if inside.start < inside.stop:
+            pieces.append((index, inside))
+        before += len(views)
+    return pieces

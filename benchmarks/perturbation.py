@@ -1,0 +1,209 @@
+"""Masks and black-box methods: cost against bare passes, speed and agreement with TorchRay, a picture.
+
+    python benchmarks/perturbation.py --tables passes times
+    python benchmarks/perturbation.py --tables torchray
+    python benchmarks/perturbation.py --tables agreement --data FOLDER --images 10 --iterations 200
+    python benchmarks/perturbation.py --tables picture --data FOLDER --out masks.png
+
+Ratios come from interleaved rounds, as in `benchmarks/engine.py`. TorchRay (github.com/facebookresearch/TorchRay, for
+non-commercial use) is compared with if `import torchray` finds a copy of your own; without, its tables say so and are
+left out. FOLDER holds photographs.
+"""
+
+import argparse
+import os
+import platform
+import statistics
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from engine import load, photographs, quietly, ratio, rounds, table
+from PIL import Image
+from torch import Tensor, nn
+
+import attrbox
+from attrbox.data import find_images, open_image
+from attrbox.models import efficientnet_lite0
+
+AREAS = (0.025, 0.05, 0.1, 0.2)
+PICTURE = [
+    ("mask", {"iterations": 150}),
+    ("smask", {"iterations": 200, "areas": (0.1,)}),
+    ("occlusion", {"window": 32, "stride": 16}),
+    ("rise", {"masks": 400}),
+    ("lime", {"samples": 250}),
+    ("kernel_shap", {"samples": 250}),
+]
+
+
+def extremal_perturbation() -> Callable[..., Any] | None:
+    """TorchRay's function, if the reader has it."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from torchray.attribution.extremal_perturbation import extremal_perturbation as function
+    except ImportError as error:
+        print(f"(left out: TorchRay cannot be imported, {error})\n")
+        return None
+    return function
+
+
+def passes(models: Sequence[str], count: int) -> None:
+    """RISE and occlusion against forward passes on as many images, in batches as large."""
+    print("### RISE and occlusion, in bare forward passes of as many images (batches of 8)\n")
+    rows = []
+    common = {"target": 0, "batch_size": 8, "progress": False}
+    for name in models:
+        model, images = load(name), photographs(name, 1)
+        batch = photographs(name, 8)
+
+        @torch.no_grad()
+        def bare(model: nn.Module = model, batch: Tensor = batch) -> None:
+            for _ in range(6):
+                model(batch)
+
+        candidates = {
+            "bare": bare,  # 48 images
+            "rise": lambda model=model, images=images: attrbox.explain(model, images, "rise", masks=48, **common),
+            "occlusion": lambda model=model, images=images: attrbox.explain(  # 7 x 7 windows
+                model, images, "occlusion", window=56, stride=28, **common
+            ),
+        }
+        seconds = rounds(candidates, count)
+        needed = {"rise": 49 / 48, "occlusion": 50 / 48}  # the image itself too
+        cells = [ratio([s / needed[m] for s in seconds[m]], seconds["bare"]) for m in needed]
+        rows.append([f"{name} ({statistics.median(seconds['bare']) / 48:.3f} s per image)", *cells])
+    table(["model", "rise", "occlusion"], rows)
+
+
+def per_iteration(call: Callable[[int], object], few: int, many: int) -> dict[str, Callable[[], object]]:
+    """Candidates whose difference in seconds is the cost of `many - few` iterations, set-up and all else aside."""
+    return {"few": lambda: call(few), "many": lambda: call(many)}
+
+
+def times(count: int) -> None:
+    """Seconds per image with published settings, from the cost of an iteration."""
+    print("### Seconds per image with published settings (8 images at once; seconds per iteration times iterations)\n")
+    model, images = load("efficientnet_lite0"), photographs("efficientnet_lite0", 8)
+    rows = []
+    # A circle to start from takes 35 forward passes more per image, but nothing per iteration.
+    for method, iterations, options in (("mask", 300, {"initial": "ones"}), ("smask", 800, {})):
+
+        def call(steps: int, method: str = method, options: dict[str, str] = options) -> object:
+            return attrbox.explain(model, images, method, iterations=steps, target=0, progress=False, **options)
+
+        seconds = rounds(per_iteration(call, 1, 4), count)
+        step = statistics.median((m - f) / 3 for m, f in zip(seconds["many"], seconds["few"], strict=True))
+        rows.append([method, f"{step / 8 * 1000:.0f} ms", str(iterations), f"{step / 8 * iterations:.0f} s"])
+    table(["method", "an iteration, per image", "iterations", "per image"], rows)
+
+
+def torchray(count: int) -> None:
+    """sMask of 8 images and 4 areas against TorchRay, one image a call, all areas in it."""
+    print("### sMask against TorchRay: 8 images, 4 areas; its seconds per iteration and mask over attrbox's\n")
+    theirs = extremal_perturbation()
+    if theirs is None:
+        return
+    model, images = load("efficientnet_lite0"), photographs("efficientnet_lite0", 8)
+
+    def one_by_one(steps: int) -> None:
+        for image in images:
+            quietly(lambda image=image: theirs(model, image[None], 0, areas=list(AREAS), max_iter=steps))
+
+    def together(steps: int) -> object:
+        options = {"areas": AREAS, "iterations": steps, "history": 0}
+        return attrbox.explain(model, images, "smask", target=0, progress=False, **options)
+
+    calls = {f"TorchRay {key}": call for key, call in per_iteration(one_by_one, 1, 3).items()}
+    calls |= {f"attrbox {key}": call for key, call in per_iteration(together, 1, 3).items()}
+    seconds = rounds(calls, count)
+    steps = {
+        name: [(m - f) / 2 for m, f in zip(seconds[f"{name} many"], seconds[f"{name} few"], strict=True)]
+        for name in ("TorchRay", "attrbox")
+    }
+    cells = [f"{statistics.median(steps[name]) / 32 * 1000:.0f} ms" for name in steps]
+    table(
+        ["TorchRay, a mask", "attrbox, a mask", "times as fast"], [[*cells, ratio(steps["TorchRay"], steps["attrbox"])]]
+    )
+
+
+def chosen(folder: str, count: int) -> tuple[Any, Tensor]:
+    """EfficientNet-Lite0 with its preprocessing, and some photographs from all over the folder."""
+    loaded = efficientnet_lite0()
+    paths = find_images([folder])
+    paths = paths[len(paths) // (2 * count) :: max(1, len(paths) // count)][:count]
+    return loaded, torch.stack([loaded.preprocess(open_image(path)) for path in paths])
+
+
+def agreement(folder: str, count: int, iterations: int) -> None:
+    """Rank correlation of the masks of both, and the rewards that they reach."""
+    from scipy.stats import spearmanr
+
+    print(f"### sMask against TorchRay: masks of area 0.1 after {iterations} iterations\n")
+    theirs = extremal_perturbation()
+    if theirs is None:
+        return
+    loaded, images = chosen(folder, count)
+    targets = loaded.predict(images)[0]
+    maps = attrbox.explain(loaded.model, images, "smask", target=targets, iterations=iterations)
+    rows, ranks, gaps = [], [], []
+    for index, target in enumerate(targets.tolist()):
+        mask, curve = quietly(
+            lambda index=index, target=target: theirs(
+                loaded.model, images[index : index + 1], target, areas=[0.1], max_iter=iterations
+            )
+        )
+        ranks.append(spearmanr(mask.flatten().numpy(), maps.values[index].flatten().numpy()).statistic)
+        late = slice(-max(1, iterations // 10), None)
+        rewards = curve[0, 0, late].mean().item(), maps.details["reward"][index, 0, late].mean().item()
+        gaps.append(rewards[1] - rewards[0])
+        rows.append([loaded.class_name(target), f"{ranks[-1]:.3f}", *(f"{reward:.2f}" for reward in rewards)])
+    spread = statistics.stdev(gaps) if len(gaps) > 1 else 0.0
+    rows.append(["mean", f"{statistics.mean(ranks):.3f}", "", f"{statistics.mean(gaps):+.2f} (sd {spread:.2f})"])
+    table(["class", "rank correlation", "reward, TorchRay", "reward, attrbox (last row: difference)"], rows)
+
+
+def picture(folder: str, count: int, out: str) -> None:
+    """The maps of all methods of this page on some photographs."""
+    loaded, images = chosen(folder, count)
+    result = attrbox.compare(loaded.model, images, PICTURE)
+    names = [loaded.class_name(index) for index in result.predictions.tolist()]
+    result.plot(out, titles=names, photographs=loaded.photographs(images))
+    Image.open(out).convert("RGB").quantize(256).save(out, optimize=True)
+    print(result.table())
+
+
+TABLES = ["passes", "times", "torchray", "agreement", "picture"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["efficientnet_lite0", "resnet18"])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--tables", nargs="+", default=["passes", "times", "torchray"], choices=TABLES)
+    parser.add_argument("--data", help="folder of photographs, for agreement and picture")
+    parser.add_argument("--images", type=int, default=6)
+    parser.add_argument("--iterations", type=int, default=800)
+    parser.add_argument("--out", default="masks.png")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    print(f"{platform.machine()}, {os.cpu_count()} cores, {options.threads} threads, torch {torch.__version__}\n")
+    if "passes" in options.tables:
+        passes(options.models, options.rounds)
+    if "times" in options.tables:
+        times(options.rounds)
+    if "torchray" in options.tables:
+        torchray(options.rounds)
+    if {"agreement", "picture"} & set(options.tables) and not options.data:
+        parser.error("agreement and picture need --data FOLDER")
+    if "agreement" in options.tables:
+        agreement(options.data, options.images, options.iterations)
+    if "picture" in options.tables:
+        picture(options.data, options.images, options.out)
+
+
+if __name__ == "__main__":
+    main()
