@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from nets import images
+from scipy.ndimage import gaussian_filter
 from snapshots import nothing_changes
 from torch import Tensor, nn
 
@@ -15,7 +16,7 @@ from attrbox.engine.tape import record
 from attrbox.errors import FileError, InputError, ModelError, OptimisationWarning, OptionError, UnknownNameError
 from attrbox.masks import GaussianMask, MaskGenerator, RankMask, SigmoidMask, masks, register_mask, scaled
 from attrbox.methods.learned_rules import LearnedRules
-from attrbox.rules.learned import LearnedRule, PerPixel, Plugin, plugins, register_plugin
+from attrbox.rules.learned import LearnedRule, PerPixel, Plugin, Scratch, plugins, register_plugin
 
 FEW = {"iterations": 4, "progress": False}
 
@@ -179,12 +180,27 @@ def test_gradients_of_the_chain_by_finite_differences(plugin, kernel, feature):
         rule.parameters = {0: parameters}
         return tape.replay(tape.output[:, 1], [tape.images], rule, create_graph=True)[0]
 
-    assert torch.autograd.gradcheck(chain, start)
+    weights = torch.randn_like(x)
+    (found,) = torch.autograd.grad((chain(start) * weights).sum(), start)
+    for _ in range(20):
+        direction = torch.randn_like(found)
+        above, below = ((chain((start + h * direction).detach()) * weights).sum() for h in (1e-6, -1e-6))
+        torch.testing.assert_close((found * direction).sum(), (above - below) / 2e-6, rtol=1e-6, atol=1e-7)
     # Samples are apart: the parameters of one change the gradient of that one alone.
     changed = start.detach().clone()
     changed[1] += 1
     assert torch.equal(chain(changed)[0], chain(start.detach())[0])
     assert not torch.equal(chain(changed)[1], chain(start.detach())[1])
+
+
+def test_memory_that_a_graph_needs_is_not_overwritten_in_silence():
+    plugin, scratch = plugins["per_pixel"].make(1), Scratch()
+    gradient, difference = torch.randn(2, 1, 3, 4, 4)
+    parameters = torch.ones_like(difference, requires_grad=True)
+    stale = plugin.propagate(gradient, parameters, difference, scratch)
+    plugin.propagate(gradient, parameters, difference, scratch)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(stale.sum(), parameters)
 
 
 def test_depthwise_and_standard_convolution_per_sample():
@@ -273,6 +289,7 @@ class TestLearning:
             {"modules": "act"},
             {"weight": 1.0},
             {"sigma": 0.1},
+            {"region": 0.2},
         ],
     )
     def test_every_switch_makes_another_map(self, options):
@@ -284,7 +301,34 @@ class TestLearning:
         model = net()
         for preset in ("rank", "clean"):
             assert torch.equal(learned(model, name=f"learned_{preset}").values, learned(model, preset=preset).values)
-        assert learned(model, name="learned_clean").options["plugin"] == "shared"
+        assert learned(model, name="learned_clean").options["region"] > 0
+
+    def test_the_region_is_deeplift_smoothed(self):
+        model = net()
+        maps = learned(model, region=0.2, iterations=6, target=1)
+        rules = maps.details["rules"]
+        anywhere = dataclasses.replace(rules, settings=dict(rules.settings) | {"region": 0.0})
+        values = attrbox.explain(model, X, "learned_transfer", learned=anywhere, target=1).values
+        deeplift = attrbox.explain(model, X, "deeplift", target=1).heatmap()
+        region = torch.stack([torch.from_numpy(gaussian_filter(one, 2, mode="nearest")) for one in deeplift.numpy()])
+        share = region.abs() / region.abs().amax((1, 2), keepdim=True)
+        share[values.sum(1) * region <= 0] = 0
+        torch.testing.assert_close(maps.values, values * share[:, None], rtol=1e-9, atol=1e-12)
+        assert 0 < (share == 0).double().mean() < 1
+
+    def test_the_region_is_in_the_loss(self):
+        model = net()
+        inside = learned(model, region=0.2, target=1).details["rules"].parameters
+        outside = learned(model, target=1).details["rules"].parameters
+        assert not torch.allclose(inside["act:0:relu"], outside["act:0:relu"])
+
+    def test_without_any_region_the_map_is_zero(self):
+        model = nn.Sequential(nn.Conv2d(3, 2, 3), nn.ReLU(), nn.Conv2d(2, 2, 3), nn.Flatten(), nn.Linear(72, 3)).eval()
+        maps = learned(
+            model.double(), torch.zeros(2, 3, 10, 10, dtype=torch.float64), region=0.2
+        )  # the reference itself
+        assert not maps.values.any()
+        assert maps.details["loss"].isfinite().all()
 
     def test_fast_takes_fewer_iterations_unless_they_are_given(self):
         model = net()
@@ -329,9 +373,9 @@ class TestLearning:
         x = torch.randn(2, 2, 12)
         assert learned(model, x).values.shape == (2, 2, 12)
         with pytest.raises(InputError, match="sigma"):
-            learned(
-                nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)).eval(), x[:, 0, :4], modules="*", sigma=0.1
-            )
+            learned(model, x, sigma=0.1)
+        with pytest.raises(InputError, match="region"):
+            learned(model, x, region=0.1)
 
 
 FEW_OPTIONS = {"iterations": 4}
@@ -457,7 +501,7 @@ class TestTransfer:
 
     def test_shared_rules_carry_over_to_another_size(self):
         model = net()
-        rules = learned(model, name="learned_clean").details["rules"]
+        rules = learned(model, plugin="shared").details["rules"]
         other = attrbox.explain(model, images(3, 3, 14, 14), "learned_transfer", learned=rules)
         assert other.values.shape == (3, 3, 14, 14)
 
@@ -474,6 +518,8 @@ class TestBadInput:
             {"fraction": 0.0},
             {"fraction": 1.5},
             {"sigma": -0.1},
+            {"region": -0.1},
+            {"region": 0.6},
             {"weight": math.inf},
             {"tolerance": -1.0},
             {"kernel": 2},

@@ -12,160 +12,43 @@ finds the pixels that matter: with masks M+ and M- made of A (`attrbox.masks`), 
 
 is minimised by Adam over all W_l, one independent problem per sample. The weights of the model stay as they are.
 
-Per iteration this takes one chain of gradients, two forward and backward passes on masked images, and the gradient of
-the chain for the W_l, as dear as a forward pass: three native passes of the batch. The forward pass on the images and
-on the reference is done once.
+With a region (preset clean), the map is A * |S| where A and S agree in sign, and zero elsewhere: S is DeepLIFT's map of
+the same score through a Gaussian, the largest |S| of an image being 1. S says where, A says which pixels there.
 """
 
 import dataclasses
-import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from attrbox.engine.site import Site
-from attrbox.engine.tape import Tape
-from attrbox.errors import ModelError, OptimisationWarning, OptionError
-from attrbox.masks import MaskGenerator, masks
-from attrbox.methods.base import (
-    REQUIRED,
-    Method,
-    MethodSpec,
-    OptionInfo,
-    check,
-    check_choice,
-    check_count,
-    check_flag,
-    check_number,
-    methods,
-    option,
-    register_method,
-)
-from attrbox.methods.learned_rules import LearnedRules, as_rules, site_name
+from attrbox.errors import OptimisationWarning
+from attrbox.methods.base import Method, MethodSpec, OptionInfo, check_choice, methods
+from attrbox.methods.learned_chain import channel_sum, regions
+from attrbox.methods.learned_rules import LearnedRules
+from attrbox.methods.learning import Learning, Learnt, learn
 from attrbox.methods.run import Run
-from attrbox.perturbations import fill_images, gaussian_blur
-from attrbox.rules.learned import Differences, LearnedRule, plugins
-from attrbox.shapes import Coverage, Operated
 
-FILLS = ("zero", "blur", "noise")
-# Draws of a sample's stream of random numbers, apart for each purpose; a restart has a stretch of its own.
-_PER_RESTART = 1_000_000
-_NOISE, _PARAMETERS, _CHOICES = 0, 500_000, 900_000
-WINDOW = 10  # iterations over which a loss is averaged to see whether it is flat
+FAST_ITERATIONS = 30
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "paper": {},
+    "rank": {"mask": "rank", "fill": "random", "reference": False},
+    "clean": {"mask": "rank", "fill": "random", "reference": False, "fraction": 0.2, "region": 8 / 224},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Propagating(Method):
-    """What learning a rule and replaying a learned one have in common."""
-
-    @property
-    def plugged(self) -> LearnedRule:
-        """The rule without parameters."""
-        raise NotImplementedError
-
-    def learned_at(self, tape: Tape) -> list[Site]:
-        """The sites that have parameters."""
-        raise NotImplementedError
-
-    def coverage(self, run: Run) -> Coverage:
-        rule = self.plugged
-        tape = run.recording(rule, _key(rule))
-        chosen = set(Operated.listed(self.learned_at(tape)))
-        whole = tape.coverage(rule)
-        left = tuple(operated for operated in whole.rule if operated not in chosen)
-        return Coverage(tuple(o for o in whole.rule if o in chosen), left + whole.derivative, whole.unknown)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Learned(Propagating):
+class Learned(Learning):
     """Learns a propagation rule for every sample; see the module."""
-
-    preset: str = option("paper", "where the defaults come from: paper, rank or clean")
-    iterations: int = option(60, "steps of Adam")
-    fast: bool = option(False, "the fewest iterations that keep the preset's quality (30), unless iterations are given")
-    lr: float = option(0.2, "learning rate of Adam")
-    decay: bool = option(False, "let the learning rate fall to zero along half a cosine")
-    plugin: str = option("per_pixel", "parameters of the rule: per_pixel, shared (one per channel) or convolution")
-    kernel: int = option(1, "side of the kernel of the plugins shared (depthwise) and convolution; odd")
-    feature: str = option("output", "what the parameters meet: output or input of the non-linearity")
-    reference: bool = option(True, "subtract the features of an all-zero image")
-    initial: str = option("normal", "start of the parameters: normal (0, 1) or ones")
-    modules: str | None = option(None, "pattern of module names to learn at; None: from first to last convolution")
-    mask: str = option("sigmoid", "mask generator: sigmoid, gaussian or rank")
-    sharpness: float = option(10.0, "s, slope of the sigmoid masks")
-    center_positive: float = option(0.75, "c+, centre of the positive sigmoid mask on the scaled map (0.5 is zero)")
-    center_negative: float = option(0.25, "c-, centre of the negative sigmoid mask")
-    sigma: float | None = option(
-        None,
-        "standard deviation of a Gaussian over the map, as a share of the image's longer side; None: the mask's own",
-    )
-    fraction: float = option(0.05, "largest share of pixels that a rank mask takes away")
-    temperature: float = option(
-        0.3, "softness of the rank masks, in gaps between the values at half and twice the rank"
-    )
-    weight: float = option(0.1, "lambda, weight of the masks' size in the loss (sigmoid and gaussian masks)")
-    fill: str = option("zero", "what masked pixels show: zero, blur, noise, or random (one of them per iteration)")
-    game: str = option("delete", "positive mask: delete (its pixels are taken away) or preserve (all others are)")
-    sign_aware: bool = option(True, "learn from the negative mask too")
-    score: str = option("logit", "what the masks change: logit (the model's output), log_prob or prob")
-    restarts: int = option(1, "learn so many times from different starts and average the maps")
-    tolerance: float = option(0.0, "stop a sample when its loss changes less than this, relatively, in 10 steps")
-    keep_rules: bool = option(True, "keep the learned parameters in details['rules']")
-
-    def __post_init__(self) -> None:
-        for name in ("iterations", "kernel", "restarts"):
-            check_count(name, getattr(self, name))
-        check(self.kernel % 2 == 1, "kernel", "an odd number", self.kernel)
-        for name in ("fast", "decay", "reference", "sign_aware", "keep_rules"):
-            check_flag(name, getattr(self, name))
-        for name in ("lr", "sharpness", "temperature"):
-            check_number(name, getattr(self, name), above=0)
-        for name in ("weight", "tolerance"):
-            check_number(name, getattr(self, name), least=0)
-        check_number("center_positive", self.center_positive)
-        check_number("center_negative", self.center_negative)
-        check_number("fraction", self.fraction, above=0, most=1)
-        if self.sigma is not None:
-            check_number("sigma", self.sigma, least=0, most=0.5)
-        check_choice("feature", self.feature, ("output", "input"))
-        check_choice("initial", self.initial, ("normal", "ones"))
-        check_choice("fill", self.fill, (*FILLS, "random"))
-        check_choice("game", self.game, ("delete", "preserve"))
-        check_choice("score", self.score, ("logit", "log_prob", "prob"))
-        check(self.modules is None or isinstance(self.modules, str), "modules", "a pattern or None", self.modules)
-        _ = plugins[self.plugin], masks[self.mask]  # unknown names raise
-
-    @property
-    def passes(self) -> int:
-        return 3 * self.iterations * self.restarts
-
-    @property
-    def memory(self) -> float:
-        # Features and their differences, parameters, their gradients and Adam's moments, multipliers and gradients.
-        return 8.0 if self.plugin == "per_pixel" else 5.0
-
-    @property
-    def plugged(self) -> LearnedRule:
-        return LearnedRule(plugins[self.plugin].make(self.kernel), self.feature, self.reference)
-
-    def learned_at(self, tape: Tape) -> list[Site]:
-        return _sites(tape, self.modules)
-
-    @property
-    def generator(self) -> MaskGenerator:
-        """The mask generator with its options set."""
-        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(MaskGenerator)}
-        return masks[self.mask].make(**{name: value for name, value in own.items() if value is not None})
 
     def attribute(self, run: Run) -> Tensor:
         targets = range(run.scores.shape[1])
         with torch.enable_grad():
-            found = [[_learn(self, run, k, restart) for restart in range(self.restarts)] for k in targets]
+            places = regions(run, self.region)
+            found = [[learn(self, run, places[k], k, restart) for restart in range(self.restarts)] for k in targets]
         values = torch.stack([torch.stack([one.values for one in row]).mean(0) for row in found], 1)
         stopped = torch.stack([torch.stack([one.iterations for one in row]).amin(0) for row in found], 1)
         failed = torch.stack([torch.stack([one.failed for one in row]).any(0) for row in found], 1)
@@ -190,249 +73,15 @@ class Learned(Propagating):
         return values
 
 
-# ------------------------------------------------------------------------------------------------------ one problem
-
-
-def part(name: str) -> Any:
-    """A label for torch's profiler: what `benchmarks/learned.py` breaks an iteration down into."""
-    return torch.profiler.record_function(f"learned: {name}")
-
-
-@dataclass
-class _Learnt:
-    """The result of one run over all samples of a chunk, for one target and one restart."""
-
-    values: Tensor  # [n, C, ...]
-    losses: Tensor  # [n, iterations]
-    iterations: Tensor  # [n]
-    failed: Tensor  # [n]
-    parameters: dict[str, Tensor]  # site -> [n, ...]
-
-
-def _learn(method: Learned, run: Run, k: int, restart: int) -> _Learnt:
-    tape, rule, sites, reference = _prepared(method.plugged, method.modules, run, k)
-    images = tape.images.detach()
-    n = len(images)
-    first = restart * _PER_RESTART
-    parameters = _start(method, run, rule, sites, first + _PARAMETERS)
-    rule.parameters = parameters
-    leaves = list(parameters.values())
-    fused = not images.is_meta and images.device.type in ("cpu", "cuda")
-    adam = torch.optim.Adam(leaves, lr=method.lr, fused=fused)
-    draws = run.numbers(first + _CHOICES, (method.iterations, 2), uniform=True).expand(n, -1, -1)
-    game = _Game(method, run, images, k)
-    losses = images.new_zeros(n, method.iterations)
-    alive = torch.ones(n, dtype=torch.bool, device=images.device)
-    failed = torch.zeros_like(alive)
-    iterations = torch.full((n,), method.iterations, device=images.device)
-    generator = method.generator
-
-    all_alive = True
-    for step in range(method.iterations):
-        with run.autocast(), part("chain"):
-            score = run.settings.target.score(run.output(tape), run.indices)[:, k]
-            (gradient,) = tape.replay(score, [tape.images], rule, reference=reference, create_graph=True)
-        map = generator.smoothed(_map(images * gradient))
-        positive, negative = generator.masks(map, draws[:, step, 0])
-        loss, surrogate = game.play(positive, negative, first + step, draws[:, step, 1])
-        if generator.sized:
-            size = positive.flatten(1).mean(1) + (negative.flatten(1).mean(1) if method.sign_aware else 0)
-            loss = loss + method.weight * size.detach()
-            surrogate = surrogate + method.weight * size.sum()
-        losses[:, step] = loss
-        finite = loss.isfinite()
-        stop = alive & ~finite
-        failed |= stop
-        if method.tolerance and step + 1 >= 2 * WINDOW:
-            last = losses[:, step + 1 - WINDOW : step + 1].mean(1)
-            before = losses[:, step + 1 - 2 * WINDOW : step + 1 - WINDOW].mean(1)
-            stop |= alive & ((last - before).abs() <= method.tolerance * before.abs())
-        # One look at the device per iteration, against tens of launches of convolutions: not measurable.
-        if not images.is_meta and bool(stop.any()):
-            iterations[stop] = step
-            alive = alive & ~stop
-            all_alive = False
-            if not bool(alive.any()):
-                run.settings.progress(3 * n * (method.iterations - step))
-                losses[:, step + 1 :] = torch.nan
-                break
-        with part("double backward"):
-            gradients = torch.autograd.grad(surrogate, leaves)
-        held = None if all_alive else [leaf.detach()[~alive] for leaf in leaves]
-        for leaf, gradient in zip(leaves, gradients, strict=True):
-            leaf.grad = gradient
-        if method.decay:
-            adam.param_groups[0]["lr"] = method.lr * (1 + math.cos(math.pi * step / method.iterations)) / 2
-        with part("optimiser"):
-            adam.step()
-        if held is not None:  # stopped samples keep their parameters, whatever the moments of Adam say
-            with torch.no_grad():
-                for leaf, old in zip(leaves, held, strict=True):
-                    leaf[~alive] = old
-        run.settings.progress(3 * n)
-    for leaf in leaves:
-        leaf.requires_grad_(False)
-    values = _chained(run, tape, rule, reference, k, generator.sigma)
-    names = {index: site_name(tape.sites[index]) for index in parameters}
-    learnt = {names[index]: leaf.detach() for index, leaf in parameters.items()}
-    return _Learnt(values, losses, iterations, failed, learnt)
-
-
-def _map(values: Tensor) -> Tensor:
-    """The sum over the channels, [n, ...]; vectors [n, D] have none."""
-    return values.sum(1) if values.dim() > 2 else values
-
-
 def _final_masks(method: Learned, values: Tensor) -> tuple[Tensor, Tensor]:
     """The masks of the maps that are returned, [n, K, ...]."""
     n, targets = values.shape[:2]
-    map = _map(values.flatten(0, 1))
+    map = channel_sum(values.flatten(0, 1))
     positive, negative = method.generator.masks(map, map.new_full((n * targets,), 1 - 1e-6))
     return tuple(mask.view(n, targets, *mask.shape[1:]) for mask in (positive, negative))  # type: ignore[return-value]
 
 
-def _key(rule: LearnedRule) -> object:
-    return ("learned", rule.feature, rule.compares)
-
-
-def _prepared(rule: LearnedRule, modules: str | None, run: Run, k: int) -> tuple[Tape, LearnedRule, list[Site], Any]:
-    """The recorded pass, the rule with its features, and the sites that get parameters."""
-    tape = run.recording(rule, _key(rule))
-    chosen = _sites(tape, modules)
-    with run.autocast():
-        reference = tape.record_reference(run.baseline(0.0)) if rule.compares else None
-        first = Differences(rule, frozenset(site.index for site in chosen))
-        score = run.settings.target.score(run.output(tape), run.indices)[:, k]
-        tape.replay(score, [tape.images], first, reference=reference)
-    # A site that no gradient passes on the way to this score has nothing to learn.
-    rule.differences = first.differences
-    return tape, rule, [site for site in chosen if site.index in rule.differences], reference
-
-
-def _sites(tape: Tape, modules: str | None) -> list[Site]:
-    """The sites to learn at.
-
-    Raises:
-        ModelError: there is no non-linearity between two convolutions.
-        OptionError: no site's module matches the pattern.
-    """
-    sites = [site for site in tape.sites if site.kind in LearnedRule.kinds]
-    if modules is not None:
-        chosen = [site for site in sites if fnmatchcase(site.module, modules)]
-        if not chosen:
-            names = sorted({site.module or "(the model itself)" for site in sites})
-            raise OptionError(
-                f"No non-linearity runs in a module that matches modules={modules!r}. "
-                f"Those that run: {', '.join(names) or 'none'}."
-            )
-        return chosen
-    starts, ends = (tape.convolutions[0], tape.convolutions[-1]) if tape.convolutions else (0, 0)
-    chosen = [site for site in sites if starts <= site.index < ends]
-    if not chosen:
-        raise ModelError(
-            f"The model has no non-linearity between two convolutions ({len(tape.convolutions)} convolutions and "
-            f"{len(sites)} non-linearities ran), where the learned rule has its place. "
-            "Say where to learn: modules='*' for all, or a pattern of module names."
-        )
-    return chosen
-
-
-def _start(method: Learned, run: Run, rule: LearnedRule, sites: list[Site], draw: int) -> dict[int, Tensor]:
-    """Parameters to begin with, by site; every sample has its own stream of numbers."""
-    parameters = {}
-    for site in sites:
-        difference = rule.differences[site.index]
-        shape = rule.plugin.shape(difference)
-        if method.initial == "ones":
-            start = difference.new_ones((len(difference), *shape))
-        else:
-            numbers = run.numbers(draw + site.index, shape).to(difference.dtype)
-            start = numbers.expand(len(difference), *shape).clone()
-        if start.shape == difference.shape and start.dim() == 4:
-            last = difference.is_contiguous(memory_format=torch.channels_last)
-            start = start.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
-        parameters[site.index] = start.requires_grad_()
-    return parameters
-
-
-class _Game:
-    """Takes pixels away and sees what the score does."""
-
-    def __init__(self, method: Learned, run: Run, images: Tensor, k: int) -> None:
-        self.method = method
-        self.run = run
-        self.images = images
-        self.k = k
-        self._kept: dict[str, Tensor] = {}
-        with torch.no_grad():
-            self.score = self._score(run.output(run.recording(method.plugged, _key(method.plugged))), run.indices)
-
-    def play(self, positive: Tensor, negative: Tensor, draw: int, choice: Tensor) -> tuple[Tensor, Tensor]:
-        """L+ + L- [n], without gradient, and a number whose gradient with respect to the masks is that of its sum."""
-        images, both = self.images, self.method.sign_aware
-        with torch.no_grad():
-            change = self._fill(draw, choice) - images
-            opened = 1 - positive if self.method.game == "preserve" else positive
-            taken = torch.cat([opened, negative]) if both else opened
-            taken = taken.detach().unsqueeze(1) if images.dim() > 2 else taken.detach()
-            changes = change.repeat(2, *(1,) * (change.dim() - 1)) if both else change
-            originals = images.repeat(2, *(1,) * (images.dim() - 1)) if both else images
-            masked = torch.addcmul(originals, taken, changes)
-        scores, gradients = self._passes(masked)
-        slopes = _map(gradients * changes)  # of the score with respect to what is taken
-        n = len(images)
-        sign = -1 if self.method.game == "preserve" else 1
-        # Taking pixels away must lower the score (delete); keeping them alone must not (preserve).
-        loss = sign * (scores[:n] - self.score)
-        surrogate = (positive * slopes[:n]).sum()
-        if both:
-            loss = loss + self.score - scores[n:]
-            surrogate = surrogate - (negative * slopes[n:]).sum()
-        return loss, surrogate
-
-    def _passes(self, masked: Tensor) -> tuple[Tensor, Tensor]:
-        run, indices = self.run, self.run.indices
-        scores, gradients = [], []
-        for start in range(0, len(masked), run.per_pass):
-            some = masked[start : start + run.per_pass]
-            rows = (torch.arange(start, start + len(some), device=some.device)) % len(self.images)
-            with run.autocast(), part("masked forward"):
-                tape = run.plain(some)
-                score = self._score(run.output(tape, len(some)), None if indices is None else indices[rows])
-            scores.append(score.detach().to(masked.dtype))
-            with part("masked backward"):
-                gradients.append(tape.replay(score, [tape.images], keep=False)[0])
-        return torch.cat(scores), torch.cat(gradients)
-
-    def _score(self, output: Tensor, indices: Tensor | None) -> Tensor:
-        if self.method.score == "logit":
-            return self.run.settings.target.score(output, indices)[:, self.k]
-        if indices is None:
-            raise OptionError(
-                f"score={self.method.score!r} needs class indices as the target, got a function. Use score='logit', "
-                "which takes what the function returns."
-            )
-        log_prob = output.log_softmax(1).gather(1, indices[:, self.k : self.k + 1])[:, 0]
-        return log_prob.exp() if self.method.score == "prob" else log_prob
-
-    def _fill(self, draw: int, choice: Tensor) -> Tensor:
-        """What the masked pixels of this iteration show, [1 or n, C, ...]."""
-        if self.method.fill != "random":
-            return self._shown(self.method.fill, draw)
-        number = (choice * len(FILLS)).long().view(-1, *(1,) * (self.images.dim() - 1))
-        zero, blur, noise = (self._shown(fill, draw) for fill in FILLS)
-        return zero * (number == 0) + blur * (number == 1) + noise * (number == 2)
-
-    def _shown(self, fill: str, draw: int) -> Tensor:
-        """One fill; those that are the same in every iteration are kept."""
-        if fill == "noise":
-            return fill_images(self.images, fill, lambda: self.run.normal(draw + _NOISE))
-        if fill not in self._kept:
-            self._kept[fill] = fill_images(self.images, fill, lambda: self.images)
-        return self._kept[fill]
-
-
-def _kept(method: Learned, found: list[list[_Learnt]]) -> LearnedRules:
+def _kept(method: Learned, found: list[list[Learnt]]) -> LearnedRules:
     """Parameters of all targets and restarts, [n, K, R, ...]; a site that one target does not reach is left out."""
     shared = [name for name in found[0][0].parameters if all(name in one.parameters for row in found for one in row)]
     return LearnedRules(
@@ -446,103 +95,9 @@ def _kept(method: Learned, found: list[list[_Learnt]]) -> LearnedRules:
             "feature": method.feature,
             "reference": method.reference,
             "sigma": method.generator.sigma,
+            "region": method.region,
         },
     )
-
-
-# --------------------------------------------------------------------------------------------------------- transfer
-
-
-@register_method(
-    "learned_transfer",
-    summary="Rules learned before, replayed on the same images or on others",
-    reference="attrbox; after Yang et al., ECCV 2020",
-)
-@dataclass(frozen=True, kw_only=True)
-class LearnedTransfer(Propagating):
-    """A = sum over channels of X * G_X under rules that were learned before.
-
-    One rule is applied to all images; as many rules as images, to one each. Of several targets, rules fit a call
-    with as many; of several restarts, the maps are averaged.
-    """
-
-    learned: Any = option(
-        REQUIRED, "LearnedRules (details['rules'] of a learned map), or the path where they were saved"
-    )
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "learned", as_rules(self.learned))
-
-    @property
-    def plugged(self) -> LearnedRule:
-        settings = self.learned.settings
-        return LearnedRule(
-            plugins[settings["plugin"]].make(settings["kernel"]), settings["feature"], settings["reference"]
-        )
-
-    def attribute(self, run: Run) -> Tensor:
-        maps = []
-        for k in range(run.scores.shape[1]):
-            tape, rule, sites, reference = _prepared(self.plugged, "*", run, k)
-            parameters = self._parameters(run, sites, k)
-            restarts = next(iter(parameters.values())).shape[1]
-            found = []
-            for restart in range(restarts):
-                rule.parameters = {index: values[:, restart] for index, values in parameters.items()}
-                found.append(_chained(run, tape, rule, reference, k, self.learned.settings["sigma"]))
-            maps.append(torch.stack(found).mean(0))
-        return torch.stack(maps, 1)
-
-    def learned_at(self, tape: Tape) -> list[Site]:
-        return [site for site in tape.sites if site_name(site) in self.learned.parameters]
-
-    def _parameters(self, run: Run, sites: list[Site], k: int) -> dict[int, Tensor]:
-        """Parameters by site, [1 or n, R, ...]."""
-        learned, total = self.learned, run.settings.target.samples
-        if len(learned) not in (1, total):
-            raise OptionError(
-                f"Expected one learned rule, or one per image, {total} in all, got {len(learned)}. "
-                "Choose some with rules[[0, 3]], or take their mean with rules.average()."
-            )
-        by_name = {site_name(site): site.index for site in sites}
-        if unknown := sorted(set(learned.parameters) - set(by_name)):
-            raise ModelError(
-                f"The learned rules belong to another model: it has no non-linearity {', '.join(unknown[:3])}. "
-                f"It has {', '.join(list(by_name)[:3])}, ..."
-            )
-        rows = slice(None) if len(learned) == 1 else run.rows
-        targets = next(iter(learned.parameters.values())).shape[1]
-        if targets not in (1, run.scores.shape[1]):
-            raise OptionError(f"Expected rules of one target or of {run.scores.shape[1]}, got {targets}.")
-        column = k if targets > 1 else 0
-        return {by_name[name]: values[rows, column].to(run.images) for name, values in learned.parameters.items()}
-
-
-def _chained(run: Run, tape: Tape, rule: LearnedRule, reference: Any, k: int, sigma: float) -> Tensor:
-    """X * G_X under the rule, [n, C, ...], smoothed."""
-    with run.autocast():
-        score = run.settings.target.score(run.output(tape), run.indices)[:, k]
-        (gradient,) = tape.replay(score, [tape.images], rule, reference=reference)
-    values = tape.images.detach() * gradient
-    if sigma and values.dim() == 4:
-        values = gaussian_blur(values, sigma * max(values.shape[-2:]))
-    return values.to(run.images.dtype).contiguous()
-
-
-PRESETS: Mapping[str, Mapping[str, Any]] = {
-    "paper": {},
-    "rank": {"mask": "rank", "fill": "random", "reference": False},
-    "clean": {
-        "plugin": "shared",
-        "initial": "ones",
-        "mask": "rank",
-        "fill": "random",
-        "reference": False,
-        "fraction": 0.2,
-        "sigma": 4 / 224,
-    },
-}
-FAST_ITERATIONS = 30
 
 
 def _build(default: str, **options: Any) -> Method:
@@ -568,4 +123,4 @@ def _register(name: str, preset: str, summary: str, aliases: tuple[str, ...] = (
 
 _register("learned", "paper", "Propagation rule learned for each image, as published", ("learned_paper",))
 _register("learned_rank", "rank", "Learned rule trained on the removal curves themselves, with random fills")
-_register("learned_clean", "clean", "Learned rule with shared parameters on smoothed maps: the one to show people")
+_register("learned_clean", "clean", "Learned rule where DeepLIFT, smoothed, agrees: the one to show people")

@@ -1,0 +1,139 @@
+"""What learning a rule and replaying a learned one have in common: where it acts, and the map that it makes.
+
+A = sum over channels of X * G_X,     weighed by a region, smoothed
+"""
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attrbox.engine.site import Site
+from attrbox.engine.tape import Tape, record
+from attrbox.errors import ModelError, OptionError
+from attrbox.methods.base import Method
+from attrbox.methods.run import Run
+from attrbox.perturbations import gaussian_blur, need_images
+from attrbox.rules.deeplift import DeepLift
+from attrbox.rules.learned import Differences, LearnedRule
+from attrbox.shapes import Coverage, Operated
+
+
+@dataclass(frozen=True, kw_only=True)
+class Propagating(Method):
+    """What learning a rule and replaying a learned one have in common."""
+
+    @property
+    def plugged(self) -> LearnedRule:
+        """The rule without parameters."""
+        raise NotImplementedError
+
+    def learned_at(self, tape: Tape) -> list[Site]:
+        """The sites that have parameters."""
+        raise NotImplementedError
+
+    def coverage(self, run: Run) -> Coverage:
+        rule = self.plugged
+        tape = recorded(rule, run)
+        chosen = set(Operated.listed(self.learned_at(tape)))
+        whole = tape.coverage(rule)
+        left = tuple(operated for operated in whole.rule if operated not in chosen)
+        return Coverage(tuple(o for o in whole.rule if o in chosen), left + whole.derivative, whole.unknown)
+
+
+def recorded(rule: LearnedRule, run: Run) -> Tape:
+    """The recorded pass on the images; one for all rules that keep the same."""
+    return run.recording(rule, ("learned", rule.feature, rule.compares))
+
+
+def prepared(rule: LearnedRule, modules: str | None, run: Run, k: int) -> tuple[Tape, LearnedRule, list[Site], Any]:
+    """The recorded pass, the rule with its features, and the sites that get parameters."""
+    tape = recorded(rule, run)
+    chosen = sites_within(tape, modules)
+    with run.autocast():
+        reference = tape.record_reference(run.baseline(0.0)) if rule.compares else None
+        first = Differences(rule, frozenset(site.index for site in chosen))
+        score = run.settings.target.score(run.output(tape), run.indices)[:, k]
+        tape.replay(score, [tape.images], first, reference=reference)
+    # A site that no gradient passes on the way to this score has nothing to learn.
+    rule.differences = first.differences
+    return tape, rule, [site for site in chosen if site.index in rule.differences], reference
+
+
+def sites_within(tape: Tape, modules: str | None) -> list[Site]:
+    """The sites to learn at.
+
+    Raises:
+        ModelError: there is no non-linearity between two convolutions.
+        OptionError: no site's module matches the pattern.
+    """
+    sites = [site for site in tape.sites if site.kind in LearnedRule.kinds]
+    if modules is not None:
+        chosen = [site for site in sites if fnmatchcase(site.module, modules)]
+        if not chosen:
+            names = sorted({site.module or "(the model itself)" for site in sites})
+            raise OptionError(
+                f"No non-linearity runs in a module that matches modules={modules!r}. "
+                f"Those that run: {', '.join(names) or 'none'}."
+            )
+        return chosen
+    starts, ends = (tape.convolutions[0], tape.convolutions[-1]) if tape.convolutions else (0, 0)
+    chosen = [site for site in sites if starts <= site.index < ends]
+    if not chosen:
+        raise ModelError(
+            f"The model has no non-linearity between two convolutions ({len(tape.convolutions)} convolutions and "
+            f"{len(sites)} non-linearities ran), where the learned rule has its place. "
+            "Say where to learn: modules='*' for all, or a pattern of module names."
+        )
+    return chosen
+
+
+def channel_sum(values: Tensor) -> Tensor:
+    """The sum over the channels, [n, ...]; vectors [n, D] have none."""
+    return values.sum(1) if values.dim() > 2 else values
+
+
+def weighed(region: Tensor | None, map: Tensor) -> Tensor:
+    """A |S| where A and S agree in sign, 0 elsewhere."""
+    return map if region is None else torch.where(map * region > 0, map * region.abs(), 0)
+
+
+def regions(run: Run, sigma: float) -> list[Tensor | None]:
+    """S for each target, [n, H, W]: DeepLIFT's maps, smoothed, with a largest absolute value of 1; None without sigma.
+
+    Raises:
+        InputError: the inputs are no images.
+    """
+    targets = range(run.scores.shape[1])
+    if not sigma:
+        return [None for _ in targets]
+    need_images(run.images, "A region (region > 0)")
+    rule = DeepLift()
+    with run.autocast():
+        tape = record(run.model, run.images, [rule])
+        reference = tape.record_reference(run.baseline(0.0))
+        scores = run.settings.target.score(run.output(tape), run.indices)
+        gradients = [tape.replay(scores[:, k], [tape.images], rule, reference=reference)[0] for k in targets]
+    found: list[Tensor | None] = []
+    for gradient in gradients:
+        map = gaussian_blur((run.images * gradient.to(run.images.dtype)).sum(1), sigma * max(run.images.shape[-2:]))
+        largest = map.abs().amax((1, 2), keepdim=True)
+        found.append(map / largest.clamp_min(torch.finfo(map.dtype).tiny))
+    return found
+
+
+def chained(
+    run: Run, tape: Tape, rule: LearnedRule, reference: Any, k: int, sigma: float, region: Tensor | None
+) -> Tensor:
+    """X * G_X under the rule, [n, C, ...], within the region, smoothed."""
+    with run.autocast():
+        score = run.settings.target.score(run.output(tape), run.indices)[:, k]
+        (gradient,) = tape.replay(score, [tape.images], rule, reference=reference)
+    values = tape.images.detach() * gradient
+    if region is not None:
+        values = values * torch.where(channel_sum(values) * region > 0, region.abs(), 0).unsqueeze(1)
+    if sigma and values.dim() == 4:
+        values = gaussian_blur(values, sigma * max(values.shape[-2:]))
+    return values.to(run.images.dtype).contiguous()
