@@ -36,7 +36,14 @@ FAST_ITERATIONS = 30
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "paper": {},
     "rank": {"mask": "rank", "fill": "random", "reference": False},
-    "clean": {"mask": "rank", "fill": "random", "reference": False, "fraction": 0.2, "region": 8 / 224},
+    "clean": {
+        "mask": "rank",
+        "fill": "random",
+        "reference": False,
+        "fraction": 0.2,
+        "sigma": 1 / 224,
+        "region": 12 / 224,
+    },
 }
 
 
