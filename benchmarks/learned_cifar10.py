@@ -17,7 +17,7 @@ from pathlib import Path
 
 import cifar10
 import torch
-from quality import CONTROLS, ELSEWHERE, HAND_CRAFTED, LEARNED, Subject, mean, scores, table
+from quality import CONTROLS, ELSEWHERE, HAND_CRAFTED, LEARNED, SMOOTHED, Subject, mean, scores, table
 from torch import Tensor
 from tqdm import tqdm
 
@@ -98,9 +98,8 @@ def main() -> None:
         print(f"{name}: {100 * cifar10.accuracy(model, arguments.data, out):.1f} % of the test images")
     report = []
     if "curves" in arguments.tables:
-        report.append(
-            f"### CIFAR-10, {len(chosen.images)} images\n\n{chosen.table([*CONTROLS, *HAND_CRAFTED, *LEARNED])}"
-        )
+        text = chosen.table([*CONTROLS, *HAND_CRAFTED, SMOOTHED, *LEARNED])
+        report.append(f"### CIFAR-10, {len(chosen.images)} images\n\n{text}")
     if "iterations" in arguments.tables:
         report.append(f"### Stopped early\n\n{iterations(chosen)}")
     if "transfer" in arguments.tables:

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from quality import CONTROLS, HAND_CRAFTED, LEARNED, METHODS, Subject, kept, mean, scores, table
+from quality import CONTROLS, HAND_CRAFTED, LEARNED, METHODS, SMOOTHED, Subject, kept, mean, scores, table
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -29,7 +29,7 @@ from attrbox.metrics.mosaics import grid_cells
 from attrbox.metrics.similarity import spearman
 from attrbox.models import LoadedModel, Preprocess, efficientnet_lite0
 
-ROWS = [*CONTROLS, *HAND_CRAFTED, *LEARNED]
+ROWS = [*CONTROLS, *HAND_CRAFTED, SMOOTHED, *LEARNED]
 SHOWN = ["learned_clean", "learned_rank", "learned", "deeplift", "integrated_gradients", "grad_cam"]
 
 

@@ -17,6 +17,7 @@ from tqdm import tqdm
 import attrbox
 from attrbox.files import whole_file
 from attrbox.metrics.statistics import bootstrap_interval
+from attrbox.perturbations import gaussian_blur
 
 MethodOptions = tuple[str, dict[str, Any]]
 CONTROLS: dict[str, MethodOptions] = {"random": ("random", {})}
@@ -30,13 +31,14 @@ HAND_CRAFTED: dict[str, MethodOptions] = {
     "deeplift": ("deeplift", {}),
     "grad_cam": ("grad_cam", {}),
 }
+SMOOTHED = "deeplift, smoothed"  # what learned_clean takes its region from
 LEARNED: dict[str, MethodOptions] = {
     name: (name, {"keep_rules": False}) for name in ("learned", "learned_rank", "learned_clean")
 }
 FAST: dict[str, MethodOptions] = {
     f"{name}, fast": (name, {"keep_rules": False, "fast": True}) for name in ("learned_rank", "learned_clean")
 }
-METHODS = {**CONTROLS, **HAND_CRAFTED, **LEARNED, **FAST}
+METHODS = {**CONTROLS, **HAND_CRAFTED, SMOOTHED: ("deeplift", {}), **LEARNED, **FAST}
 
 CURVES: dict[str, tuple[str, dict[str, Any]]] = {
     f"{title} {fill}": (metric, {"fill": fill, "steps": 5})
@@ -68,6 +70,9 @@ class Subject:
     def maps(self, label: str, method: MethodOptions | None = None) -> Tensor:
         """Heatmaps of one method, [N, H, W]."""
         name, options = method or METHODS[label]
+        if label == SMOOTHED:
+            sigma = attrbox.methods["learned_clean"].create({}).region * max(self.images.shape[-2:])
+            return gaussian_blur(self.maps("deeplift"), sigma)
 
         def computed() -> Tensor:
             start = time.perf_counter()
