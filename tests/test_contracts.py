@@ -1,6 +1,7 @@
 """What every registered method promises, tried on all of them, in normal and in failing mode."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -47,6 +48,31 @@ class TestEveryMethod:
         assert maps.heatmap().shape == (5, 8, 8)
         assert maps.method == method
         assert set(maps.options) == {info.name for info in attrbox.methods[method].options}
+
+    def test_the_progress_bar_runs_to_its_end(self, model, method, monkeypatch):
+        bars = []
+
+        class Bar:
+            def __init__(self, total, **settings):
+                self.total, self.n, self.moves = total, 0, 0
+                bars.append(self)
+
+            def __enter__(self):
+                return self
+
+            def __exit__(self, *error):
+                pass
+
+            def update(self, passes):
+                self.n += passes
+                self.moves += passes > 0
+
+        monkeypatch.setattr(sys.modules["attrbox.compare"], "tqdm", Bar)
+        explain(model, X, method, batch_size=2)
+        (bar,) = bars
+        assert bar.n == bar.total
+        # Three chunks (`random` asks the model for nothing); what takes many passes tells of each as it goes.
+        assert bar.moves >= (0 if bar.total == 0 else 3 if bar.total < 50 else 12)
 
     def test_argmax_is_the_default_target(self, model, method):
         maps = explain(model, X, method)

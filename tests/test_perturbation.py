@@ -422,29 +422,6 @@ def test_black_boxes_side_by_side():
             attrbox.explain(model, picture(8, 8), "rise", progress=False)
 
 
-@pytest.mark.parametrize("method", BLACK_BOX)
-def test_progress(method, monkeypatch):
-    bars = []
-
-    class Bar:
-        def __init__(self, total, **settings):
-            self.total, self.n = total, 0
-            bars.append(self)
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *error):
-            pass
-
-        def update(self, passes):
-            self.n += passes
-
-    monkeypatch.setattr(sys.modules["attrbox.compare"], "tqdm", Bar)
-    explain(total, picture(8, 8), method, target=0, batch_size=4)
-    assert bars[0].n == bars[0].total > 4
-
-
 # ------------------------------------------------------------------------------------------------------------ bad input
 
 
