@@ -4,7 +4,7 @@
     python benchmarks/learned_cifar10.py --data FOLDER --out results --tables transfer --images 40
 
 FOLDER holds train/CLASS/*.jpg and test/CLASS/*.jpg. The network has four convolutions (`cifar10.py`, "cnn"); the other
-model is its wider sister. Removal curves as in `learned_quality.py`, on test images that both classify right, as many
+model is the same, trained from another seed. Removal curves as in `learned_quality.py`, on test images that both classify right, as many
 of each class. Trained networks, maps and scores are kept in the output folder.
 
 "iterations" lets each preset stop early, and run in bfloat16. "transfer" replays the rule that was learned for one
@@ -22,14 +22,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 import attrbox
+from attrbox.memory import keep_pages
 from attrbox.methods.learned_rules import LearnedRules
 
 STOPS = (5, 10, 20, 30, 60, 120)
 
 
-def subject(folder: str, out: Path, count: int) -> Subject:
+def subject(folder: str, out: Path, count: int, epochs: int) -> Subject:
     """The networks and `count` test images, as many of each class, in the order of the classes."""
-    model, other = (cifar10.trained(name, folder, out) for name in ("cnn", "wide"))
+    model, other = (cifar10.trained("cnn", folder, out, epochs, seed) for seed in (0, 1))
     pixels, labels = cifar10.data(folder, "test", out)
     images = cifar10.normalised(pixels)
     right = (scores(model, images, 500).argmax(1) == labels) & (scores(other, images, 500).argmax(1) == labels)
@@ -89,12 +90,14 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="folder with train/ and test/")
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder for networks, maps and scores")
     parser.add_argument("--images", type=int, default=100, help="test images, a multiple of 10")
+    parser.add_argument("--epochs", type=int, default=4, help="of training")
     parser.add_argument("--tables", nargs="+", default=["curves", "iterations", "transfer"])
     arguments = parser.parse_args()
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
-    chosen = subject(arguments.data, out, arguments.images)
-    for name, model in (("cnn", chosen.model), ("wide", chosen.other)):
+    keep_pages()
+    chosen = subject(arguments.data, out, arguments.images, arguments.epochs)
+    for name, model in (("network", chosen.model), ("other model", chosen.other)):
         print(f"{name}: {100 * cifar10.accuracy(model, arguments.data, out):.1f} % of the test images")
     report = []
     if "curves" in arguments.tables:

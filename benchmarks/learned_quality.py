@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 import attrbox
 from attrbox.data import find_images, open_image
+from attrbox.memory import keep_pages
 from attrbox.metrics.mosaics import grid_cells
 from attrbox.metrics.similarity import spearman
 from attrbox.models import LoadedModel, Preprocess, efficientnet_lite0
@@ -123,6 +124,7 @@ def main() -> None:
     arguments = parser.parse_args()
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
+    keep_pages()
     loaded = efficientnet_lite0()
     model, other = loaded.model.eval(), other_model()
     images, labels = photographs(arguments.data, loaded.preprocess)
