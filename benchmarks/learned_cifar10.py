@@ -4,8 +4,8 @@
     python benchmarks/learned_cifar10.py --data FOLDER --out results --tables transfer --images 40
 
 FOLDER holds train/CLASS/*.jpg and test/CLASS/*.jpg. The network has four convolutions (`cifar10.py`, "cnn"); the other
-model is the same, trained from another seed. Removal curves as in `learned_quality.py`, on test images that both classify right, as many
-of each class. Trained networks, maps and scores are kept in the output folder.
+model is the same, trained from another seed. Removal curves are those of `learned_quality.py`, on test images that both
+classify right, as many of each class. Trained networks, maps and scores are kept in the output folder.
 
 "iterations" lets each preset stop early, and run in bfloat16. "transfer" replays the rule that was learned for one
 image on others, and for one class on another class of the same image.
