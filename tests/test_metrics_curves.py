@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
-from nets import images, relu_net, squeeze_excitation_net, vector_net
+from nets import images, relu_net, seeded, squeeze_excitation_net, vector_net
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import attrbox
 from attrbox.errors import InputError, OptionError
@@ -205,6 +206,41 @@ def test_all_methods_orders_and_metrics_share_the_batches():
     measure(model, x, maps, ("morf", options), ("lerf", options), target=1, batch_size=16, controls=False)
     assert sum(sizes) == 4 + 3 * 4 * 4 * 2  # the images themselves, then methods x images x points x orders
     assert sizes == [4, *[16] * 6]
+
+
+class Normalised(nn.Module):
+    """A convolution with batch-norm; its output is used in another way too if the image is dark."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.conv(x)
+        other = features if x.sum() < 0 else 0
+        x.zero_()  # the model may write into what it gets
+        return (self.norm(features) + other).relu().mean((2, 3))
+
+
+def test_batch_norms_are_folded_and_the_scores_are_the_same():
+    class Norms(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.count += "batch_norm" in str(function)
+            return function(*args, **(kwargs or {}))
+
+    model, maps = seeded(Normalised), {"m": images(4, 8, 8, seed=1)}
+    bright = images(4, 3, 8, 8).abs()
+    for fill in (1.0, -1.0):  # filled far enough with -1, an image is dark
+        metric = ("morf", {"fraction": 0.5, "steps": 4, "fill": fill})
+        with Norms() as norms:
+            found = measure(model, bright, maps, metric, target=1, batch_size=1, controls=False)["m"]["morf"].curves
+        handle = model.register_forward_hook(lambda *_: None)  # a model with hooks is run as it is
+        plain = measure(model, bright, maps, metric, target=1, batch_size=1, controls=False)["m"]["morf"].curves
+        handle.remove()
+        torch.testing.assert_close(found, plain)
+        assert (norms.count == 1) == (fill == 1.0)  # the pass that was watched, and no other
 
 
 def test_vectors_are_ranked_by_feature():
