@@ -208,6 +208,18 @@ def test_all_methods_orders_and_metrics_share_the_batches():
     assert sizes == [4, *[16] * 6]
 
 
+def test_deletion_and_insertion_are_as_published_by_default():
+    """The probability as it is, over the whole range, into zeros; and out of a blur of five pixels."""
+    model, x = squeeze_excitation_net(), images(2, 3, 8, 8)
+    scores = measure(model, x, {"m": images(2, 8, 8)}, "deletion", "insertion", target=1)["m"]
+    ends = {"deletion": (x, torch.zeros_like(x)), "insertion": (gaussian_blur(x, 5.0), x)}
+    for metric, shown in ends.items():
+        curves, fractions = scores[metric].curves, scores[metric].fractions
+        assert fractions.tolist() == pytest.approx([k / 64 for k in range(65)])  # 224 steps are each of 64 pixels
+        for place, pictures in zip((0, -1), shown, strict=True):
+            torch.testing.assert_close(curves[:, place], model(pictures).softmax(1)[:, 1].detach())
+
+
 class Normalised(nn.Module):
     """A convolution with batch-norm; its output is used in another way too if the image is dark."""
 
@@ -343,6 +355,21 @@ def test_road_curves_are_those_of_the_imputed_images():
     assert accuracy.fractions.tolist() == pytest.approx(
         [0, *(round(f * 64) / 64 for f in (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9))]
     )
+
+
+def test_the_noise_of_road_is_on_imputed_pixels_alone():
+    class Corner(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x[:, 0, 0, :2]
+
+    x, heatmap = images(2, 1, 6, 6), torch.zeros(2, 6, 6)
+    heatmap[:, 0, 0], heatmap[:, 0, 1] = -1, 1  # the first number stays to the end, the second goes at once
+    options = {"fractions": [0.3, 0.6], "score": "logit", "noise": 0.5}
+    for target, moved in ((0, False), (1, True)):
+        curves = measure(Corner().eval(), x, {"m": heatmap}, ("road", options), target=target)["m"]["road"].curves
+        calm = ("road", options | {"noise": 0})
+        smooth = measure(Corner().eval(), x, {"m": heatmap}, calm, target=target)["m"]["road"].curves
+        assert torch.isclose(curves, smooth)[:, 1:].logical_not().all() == moved
 
 
 @pytest.mark.parametrize("region", [1, 2])
