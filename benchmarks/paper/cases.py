@@ -31,6 +31,7 @@ class Case:
         images: [N, C, H, W], as the model takes them.
         batch: images per pass; None leaves it to attrbox.
         note: how good the network is.
+        made: folder with maps of these images, and more in the same order, that learned_quality.py made.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Case:
     images: Tensor
     batch: int | None = None
     note: str = ""
+    made: Path | None = None
 
     @cached_property
     def targets(self) -> Tensor:
@@ -53,6 +55,12 @@ class Case:
         self, kept: Kept, label: str, method: str, options: dict[str, Any], targets: Tensor | None = None
     ) -> Tensor:
         """The maps of one method, [N, H, W]; of the predicted classes, or of others."""
+        path = None if self.made is None else self.made / f"maps-{label}.pt"
+        if targets is None and path is not None and path.exists():
+            found = torch.load(path, weights_only=True)
+            if len(found) < len(self.images):
+                raise SystemExit(f"{path} has {len(found)} maps, fewer than --photographs-count {len(self.images)}.")
+            return found[: len(self.images)]
         targets = self.targets if targets is None else targets
         model = digest(self.model)
 
@@ -151,9 +159,9 @@ class Photographs:
     images: Tensor
     labels: Tensor
 
-    def case(self, rows: slice | Tensor) -> Case:
-        """The network on some of them."""
-        return Case(self.loaded.name.replace("torchvision:", ""), self.loaded.model, self.images[rows])
+    def case(self, rows: slice | Tensor, made: Path | None = None) -> Case:
+        """The network on some of them; `made` has maps of the first."""
+        return Case(self.loaded.name, self.loaded.model, self.images[rows], made=made)
 
 
 def photographs(options: argparse.Namespace, name: str | None = None) -> Photographs:

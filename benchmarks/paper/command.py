@@ -60,6 +60,7 @@ def parser() -> argparse.ArgumentParser:
     add("--cifar-images", type=int, default=100, help="images of fig5")
     add("--cifar-epochs", type=int, default=3, help="passes over the 50,000 training images")
     add("--photographs-count", type=int, default=8, help="photographs of fig5 and fig6")
+    add("--maps", type=Path, help="output folder of learned_quality.py on the same photographs: its maps are taken")
     add("--mask-iterations", type=int, default=300, help="of Mask on photographs; 0 leaves it out")
     add("--smask-iterations", type=int, default=200, help="of sMask on photographs (published: 800); 0 leaves it out")
     add("--sweep-images", type=int, default=25, help="images of table2 and fig9")

@@ -61,7 +61,8 @@ def fig5(options: argparse.Namespace) -> str:
     if options.photographs:
         some = slice(options.photographs_count)
         for name in photograph_networks(options):
-            cases.append((photographs(options, name).case(some), LEARNED | GRADIENTS | masks(options)))
+            made = options.maps if name == "efficientnet_lite0" else None
+            cases.append((photographs(options, name).case(some, made), LEARNED | GRADIENTS | masks(options)))
     sections = []
     for case, methods in cases:
         scores = scores_of(case, options.kept, maps_of(case, options.kept, methods))

@@ -9,7 +9,8 @@ from PIL import Image
 from attrbox.files import whole_file
 from attrbox.metrics.results import write_csv
 
-COLOURS = 128
+# A figure that is larger than so many bytes gets a palette.
+LARGEST = 300_000
 
 
 def section(title: str, text: str) -> str:
@@ -31,12 +32,14 @@ def table(rows: Sequence[Mapping[str, Any]], path: Path | None = None, digits: i
 
 
 def figure(path: Path, draw: Callable[[Path], Any]) -> None:
-    """What `draw` writes to a PNG file, in few colours: a third of the size, and the eye sees no difference."""
+    """What `draw` writes to a PNG file, whole or not at all; with a palette if it is large."""
     with whole_file(path) as part:
         drawn = part.with_suffix(".png")
         try:
             draw(drawn)
-            with Image.open(drawn) as image:
-                image.convert("RGB").quantize(COLOURS).save(part, format="PNG", optimize=True)
+            if drawn.stat().st_size > LARGEST:
+                with Image.open(drawn) as image:
+                    image.convert("RGB").quantize().save(drawn, optimize=True)
+            drawn.replace(part)
         finally:
             drawn.unlink(missing_ok=True)
