@@ -138,6 +138,27 @@ def test_pictures_of_photographs(paper, tmp_path, monkeypatch):
     assert (out / "fig8.png").stat().st_size < 300_000
 
 
+def test_maps_that_were_made_before_are_taken(paper, tmp_path, monkeypatch):
+    from paper import cases
+    from paper import pictures as drawn
+
+    monkeypatch.setattr(cases, "load_model", lambda name: tiny())
+    few = {"deeplift": ("deeplift", {}), "saliency": ("saliency", {})}
+    monkeypatch.setattr(drawn, "LEARNED", few)
+    monkeypatch.setattr(drawn, "GRADIENTS", {})
+    folder, out, made = tmp_path / "photographs", tmp_path / "out", tmp_path / "made"
+    pictures(folder, 3, 30, "{label}_{index}.png")
+    made.mkdir()
+    torch.save(torch.ones(2, 24, 24), made / "maps-deeplift.pt")
+    none = ("--mask-iterations", 0, "--smask-iterations", 0)
+    words = ("--out", out, "--photographs", folder, "--maps", made, "--only", "fig6", *none, "--photographs-count")
+    paper(*words, 2)
+    assert (out / "fig6.png").stat().st_size < 300_000
+    assert [path.name.split()[3] for path in (out / "kept").iterdir()] == ["saliency"]
+    with pytest.raises(SystemExit, match="2 maps, fewer than"):
+        paper(*words, 3)
+
+
 def test_what_has_no_data_is_left_out_and_said(paper, tmp_path, capsys):
     paper("--out", tmp_path / "out", "--only", "table1", "fig7")
     said = capsys.readouterr().out

@@ -153,25 +153,33 @@ class Photographs:
         loaded: the network.
         images: [N, 3, H, W].
         labels: their classes, [N].
+        made: folder with maps of the first of them, if there is one.
     """
 
     loaded: LoadedModel
     images: Tensor
     labels: Tensor
+    made: Path | None = None
 
-    def case(self, rows: slice | Tensor, made: Path | None = None) -> Case:
-        """The network on some of them; `made` has maps of the first."""
-        return Case(self.loaded.name, self.loaded.model, self.images[rows], made=made)
+    def first(self, count: int) -> Case:
+        """The network on so many."""
+        return Case(self.loaded.name, self.loaded.model, self.images[:count], made=self.made)
+
+    def case(self, rows: slice | Tensor) -> Case:
+        """The network on any of them."""
+        return Case(self.loaded.name, self.loaded.model, self.images[rows])
 
 
 def photographs(options: argparse.Namespace, name: str | None = None) -> Photographs:
     """The photographs for one network; default: the first that is not for smaller images."""
-    loaded = load_model(name or photograph_networks(options)[0])
+    name = name or photograph_networks(options)[0]
+    loaded = load_model(name)
     if loaded.preprocess is None:
         raise SystemExit(f"{loaded.name} does not say how it wants its photographs.")
     images, labels = learned_quality.photographs(str(options.photographs), loaded.preprocess)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    return Photographs(loaded, images[order], labels[order])
+    made = options.maps if name == "efficientnet_lite0" else None  # the network of learned_quality.py
+    return Photographs(loaded, images[order], labels[order], made)
 
 
 def photograph_networks(options: argparse.Namespace) -> list[str]:

@@ -59,10 +59,9 @@ def fig5(options: argparse.Namespace) -> str:
         chosen = [name for name in options.networks if name.startswith("cifar_")]
         cases += [(cifar(options, name), LEARNED | GRADIENTS) for name in chosen]
     if options.photographs:
-        some = slice(options.photographs_count)
         for name in photograph_networks(options):
-            made = options.maps if name == "efficientnet_lite0" else None
-            cases.append((photographs(options, name).case(some, made), LEARNED | GRADIENTS | masks(options)))
+            case = photographs(options, name).first(options.photographs_count)
+            cases.append((case, LEARNED | GRADIENTS | masks(options)))
     sections = []
     for case, methods in cases:
         scores = scores_of(case, options.kept, maps_of(case, options.kept, methods))

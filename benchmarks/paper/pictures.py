@@ -24,8 +24,7 @@ FEW: Chosen = {
 
 def fig6(options: argparse.Namespace) -> str:
     found = photographs(options)
-    made = options.maps if found.loaded.name == "efficientnet_lite0" else None
-    case = found.case(slice(options.photographs_count), made)
+    case = found.first(options.photographs_count)
     maps = maps_of(case, options.kept, LEARNED | GRADIENTS | masks(options))
     titles = [found.loaded.class_name(index) for index in case.targets.tolist()]
     _draw(options.out / "fig6.png", found.loaded, case, maps, case.targets, titles)
