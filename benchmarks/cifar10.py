@@ -1,6 +1,6 @@
-"""Small CIFAR-10 classifiers for the benchmarks, trained on the spot.
+"""CIFAR-10 classifiers for the benchmarks, trained on the spot.
 
-    python benchmarks/cifar10.py --data FOLDER --out results      trains both networks, prints their accuracy
+    python benchmarks/cifar10.py --data FOLDER --out results      trains both small networks, prints their accuracy
 
 FOLDER holds train/CLASS/*.jpg and test/CLASS/*.jpg. Weights are kept in the output folder and used again.
 """
@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.datasets import ImageFolder
+from torchvision.models import vgg16_bn
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
@@ -22,7 +23,10 @@ WIDTHS = {"cnn": (32, 64, 64, 128), "wide": (48, 96, 96, 160)}
 
 
 def network(name: str) -> nn.Module:
-    """Four convolutions with batch-norm and ReLU, two max-pools, global average: "cnn", or "wide" to transfer to."""
+    """Four convolutions with batch-norm and ReLU, two max-pools, global average: "cnn", or "wide" to transfer to; or
+    "vgg16", with batch-norm and one linear layer behind its convolutions."""
+    if name == "vgg16":
+        return nn.Sequential(vgg16_bn().features, nn.Flatten(), nn.Linear(512, 10))
     a, b, c, d = WIDTHS[name]
 
     def block(before: int, after: int) -> list[nn.Module]:

@@ -5,9 +5,9 @@
 
 FOLDER holds photographs. "curves" measures MoRF and LeRF of ten methods in one call against the forward passes that
 they need: the same number of images through the bare model under no_grad, in batches of the same size and the same
-memory format. "quantus" measures MoRF and LeRF of one method against Quantus' PixelFlipping and RegionPerturbation at
-the same points of the curve, on grey images, and says how far the values are apart; Quantus (pip install quantus) is
-optional.
+memory format (below 1: faster than those, as batch-norms are folded into convolutions). "quantus" measures MoRF and
+LeRF of one method against Quantus' PixelFlipping and RegionPerturbation at the same points of the curve, on grey
+images, and says how far the values are apart; Quantus (pip install quantus) is optional.
 """
 
 import argparse

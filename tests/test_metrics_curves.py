@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
-from nets import images, relu_net, squeeze_excitation_net, vector_net
+from nets import images, relu_net, seeded, squeeze_excitation_net, vector_net
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import attrbox
 from attrbox.errors import InputError, OptionError
@@ -207,6 +208,53 @@ def test_all_methods_orders_and_metrics_share_the_batches():
     assert sizes == [4, *[16] * 6]
 
 
+def test_deletion_and_insertion_are_as_published_by_default():
+    """The probability as it is, over the whole range, into zeros; and out of a blur of five pixels."""
+    model, x = squeeze_excitation_net(), images(2, 3, 8, 8)
+    scores = measure(model, x, {"m": images(2, 8, 8)}, "deletion", "insertion", target=1)["m"]
+    ends = {"deletion": (x, torch.zeros_like(x)), "insertion": (gaussian_blur(x, 5.0), x)}
+    for metric, shown in ends.items():
+        curves, fractions = scores[metric].curves, scores[metric].fractions
+        assert fractions.tolist() == pytest.approx([k / 64 for k in range(65)])  # 224 steps are each of 64 pixels
+        for place, pictures in zip((0, -1), shown, strict=True):
+            torch.testing.assert_close(curves[:, place], model(pictures).softmax(1)[:, 1].detach())
+
+
+class Normalised(nn.Module):
+    """A convolution with batch-norm; its output is used in another way too if the image is dark."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.conv(x)
+        other = features if x.sum() < 0 else 0
+        x.zero_()  # the model may write into what it gets
+        return (self.norm(features) + other).relu().mean((2, 3))
+
+
+def test_batch_norms_are_folded_and_the_scores_are_the_same():
+    class Norms(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.count += "batch_norm" in str(function)
+            return function(*args, **(kwargs or {}))
+
+    model, maps = seeded(Normalised), {"m": images(4, 8, 8, seed=1)}
+    bright = images(4, 3, 8, 8).abs()
+    for fill in (1.0, -1.0):  # filled far enough with -1, an image is dark
+        metric = ("morf", {"fraction": 0.5, "steps": 4, "fill": fill})
+        with Norms() as norms:
+            found = measure(model, bright, maps, metric, target=1, batch_size=1, controls=False)["m"]["morf"].curves
+        handle = model.register_forward_hook(lambda *_: None)  # a model with hooks is run as it is
+        plain = measure(model, bright, maps, metric, target=1, batch_size=1, controls=False)["m"]["morf"].curves
+        handle.remove()
+        torch.testing.assert_close(found, plain)
+        assert (norms.count == 1) == (fill == 1.0)  # the pass that was watched, and no other
+
+
 def test_vectors_are_ranked_by_feature():
     model, x = vector_net(), images(3, 7)
     scores = measure(model, x, {"m": x}, ("morf", {"fraction": 1.0, "steps": 7, "relative": False}), target=0)
@@ -307,6 +355,21 @@ def test_road_curves_are_those_of_the_imputed_images():
     assert accuracy.fractions.tolist() == pytest.approx(
         [0, *(round(f * 64) / 64 for f in (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9))]
     )
+
+
+def test_the_noise_of_road_is_on_imputed_pixels_alone():
+    class Corner(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x[:, 0, 0, :2]
+
+    x, heatmap = images(2, 1, 6, 6), torch.zeros(2, 6, 6)
+    heatmap[:, 0, 0], heatmap[:, 0, 1] = -1, 1  # the first number stays to the end, the second goes at once
+    options = {"fractions": [0.3, 0.6], "score": "logit", "noise": 0.5}
+    for target, moved in ((0, False), (1, True)):
+        curves = measure(Corner().eval(), x, {"m": heatmap}, ("road", options), target=target)["m"]["road"].curves
+        calm = ("road", options | {"noise": 0})
+        smooth = measure(Corner().eval(), x, {"m": heatmap}, calm, target=target)["m"]["road"].curves
+        assert torch.isclose(curves, smooth)[:, 1:].logical_not().all() == moved
 
 
 @pytest.mark.parametrize("region", [1, 2])

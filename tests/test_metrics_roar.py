@@ -86,6 +86,15 @@ def test_the_highest_ranked_pixels_of_both_sets_are_filled(fill):
             torch.testing.assert_close(shown[index], wanted)
 
 
+def test_every_seed_trains_another_model():
+    seeds = []
+    attrbox.roar(
+        lambda: seeds.append(torch.initial_seed()) or linear(), TRAIN, TEST, {"m": MAPS["perfect"]},
+        fractions=(0.5,), seeds=(3, 4, 5), trainer=constant, controls=False, progress=False,
+    )  # fmt: skip
+    assert len(set(seeds)) == 3
+
+
 def test_a_failing_trainer_loses_nothing_and_the_grid_goes_on_from_there(tmp_path):
     calls: list[int] = []
     options = {"fractions": (0, 0.5), "seeds": (0, 1), "controls": False, "folder": tmp_path, "progress": False}

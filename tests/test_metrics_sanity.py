@@ -105,6 +105,23 @@ def test_maps_that_follow_the_weights_do_not():
     assert not torch.equal(curve.details["ssim"], curve.curves)
 
 
+def test_independent_stages_begin_with_the_model_as_it_is():
+    """Of a map that shows whether the last layer is as it was, the cascade destroys all, the other one stage."""
+    model = relu_net()
+    *_, last = [module for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    name = next(name for name, module in model.named_modules() if module is last)
+
+    def kept(other, x, target, seeds):
+        same = torch.equal(other.get_submodule(name).weight, last.weight)
+        return x.sum(1) if same else -x.sum(1)
+
+    metrics = [(f"{kind}_randomization", {"steps": 4}) for kind in ("cascading", "independent")]
+    both = measure(model, X, {"m": X.sum(1)}, *metrics, explainers={"m": kept}, target=1)["m"].values()
+    cascading, independent = (score.curves[0].round(decimals=9).tolist() for score in both)
+    assert cascading == [1, -1, -1, -1, -1]
+    assert independent == [1, -1, 1, 1, 1]
+
+
 def test_negated_maps_are_alike_in_absolute_value_only():
     negated = {"m": lambda model, x, target, seeds: -x.sum(1)}
     metrics = [("independent_randomization", {"similarity": s}) for s in ("spearman", "spearman_abs")]
@@ -255,6 +272,21 @@ def test_the_gradient_of_a_linear_model_is_not_sensitive():
     assert nothing["m"]["sensitivity_max"].left_out.all()
 
 
+def test_the_noise_is_uniform_on_both_sides():
+    seen = []
+
+    def looks(model, x, target, seeds):
+        seen.append(x - X)
+        return x.sum(1)
+
+    metric = ("sensitivity_max", {"radius": 0.1, "draws": 20})
+    measure(relu_net(), X, {"m": X.sum(1)}, metric, explainers={"m": looks}, target=1, controls=False)
+    noise = torch.stack(seen)
+    assert noise.abs().max() <= 0.1
+    assert noise.mean().abs() < 0.005
+    assert noise.std() == pytest.approx(0.1 / math.sqrt(3), rel=0.03)
+
+
 def test_methods_that_draw_are_asked_with_the_seed_of_the_maps():
     model = relu_net()
     result = attrbox.compare(model, X, [("smoothgrad", {"samples": 2})], target=1, seed=[4, 5, 6], progress=False)
@@ -270,7 +302,7 @@ def test_methods_that_draw_are_asked_with_the_seed_of_the_maps():
 
 def test_infidelity_closed_forms():
     x, model = images(2, 1, 5, 5), linear_model(W)
-    maps = {"w": W.expand(2, -1, -1), "zero": torch.zeros(2, 5, 5), "twice": 2 * W.expand(2, -1, -1)}
+    maps = {"w": W.expand(2, -1, -1), "zero": torch.zeros(2, 5, 5), "twice": -2 * W.expand(2, -1, -1)}
     gaussian = {"perturbation": "gaussian", "deviation": 0.3, "draws": 3000}
     scaled, plain = (
         measure(model, x, maps, ("infidelity", gaussian | {"scale": scale}), target=0) for scale in (True, False)
@@ -280,7 +312,7 @@ def test_infidelity_closed_forms():
         assert scores["w"]["infidelity"].values.max() < 1e-20
         np.testing.assert_allclose(scores["zero"]["infidelity"].values, wanted, rtol=0.15)
     assert scaled["twice"]["infidelity"].values.max() < 1e-20
-    np.testing.assert_allclose(plain["twice"]["infidelity"].values, wanted, rtol=0.15)
+    np.testing.assert_allclose(plain["twice"]["infidelity"].values, 9 * wanted, rtol=0.15)
 
 
 def test_contributions_have_no_infidelity_to_squares():
@@ -318,7 +350,22 @@ def test_sensitivity_n_of_the_contributions_to_a_linear_model_is_one():
     torch.testing.assert_close(scores["exact"]["sensitivity_n"].curves, torch.ones(2, 3, dtype=torch.float64))
     torch.testing.assert_close(scores["negated"]["sensitivity_n"].values, -torch.ones(2, dtype=torch.float64))
     assert scores["flat"]["sensitivity_n"].left_out.all()  # the sum of n equal values does not vary
-    assert scores["noise"]["sensitivity_n"].values.abs().max() < 0.7
+    noise = scores["noise"]["sensitivity_n"]
+    assert noise.values.abs().max() < 0.7
+    torch.testing.assert_close(noise.values, noise.curves.mean(1))
+
+
+def test_the_sets_of_sensitivity_n_have_n_pixels():
+    sizes = []
+
+    class Counts(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            sizes.extend((x == 0).flatten(1).sum(1).tolist())
+            return x.flatten(1).sum(1, keepdim=True)
+
+    metric = ("sensitivity_n", {"shares": (0.04, 0.4, 0.8), "subsets": 3})
+    measure(Counts().eval(), torch.ones(1, 1, 5, 5), {"m": images(1, 5, 5)}, metric, target=0)
+    assert sorted(filter(None, sizes)) == [*[1] * 3, *[10] * 3, *[20] * 3]
 
 
 def test_completeness_closed_forms():

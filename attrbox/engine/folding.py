@@ -7,14 +7,14 @@ In evaluation mode a batch-norm behind a convolution is a fixed scale and shift 
 `Folding.of` watches one forward pass and finds the convolutions whose output goes into a batch-norm and nowhere else;
 `running()` then runs the model with both in one step, which spares two passes over memory forwards and two backwards.
 The model itself is not touched, and is not retraced: should it take another way with other images, so that a folded
-output is used elsewhere, `Unfolded` is raised and the caller runs the pass natively.
+output is used elsewhere, `Unfolded` is raised, and `Unwatched` runs the pass natively.
 """
 
 import contextlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from attrbox.engine.linearity import argument
+
+T = TypeVar("T")
 
 _CONVOLUTIONS = frozenset({torch.conv1d, torch.conv2d, torch.conv3d})
 
@@ -82,6 +84,32 @@ class Folding:
             yield
         if mode.due:
             raise Unfolded
+
+
+class Unwatched:
+    """Passes of a model that nobody watches, in the fastest way: batch-norm folded for as long as that works.
+
+    The weights must not change meanwhile.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._folding: Folding | None = None
+        self._tried = False
+
+    def run(self, images: Tensor, function: Callable[[Tensor], T]) -> T:
+        """`function(images)`, which runs the model; run again natively if the model could not be run folded."""
+        if not self._tried:
+            self._tried = True
+            with contextlib.suppress(Exception):  # a model that fails does so again below, where it is said why
+                self._folding = Folding.of(self._model, images[:1])
+        if self._folding is not None:
+            try:
+                with self._folding.running():
+                    return function(images)
+            except Unfolded:  # these images take another way through the model; the next ones may do so too
+                self._folding = None
+        return function(images)
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:

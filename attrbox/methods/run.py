@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from attrbox.engine.folding import Folding, Unfolded
+from attrbox.engine.folding import Unwatched
 from attrbox.engine.recorder import Reference, forward
 from attrbox.engine.site import Rule
 from attrbox.engine.stem import Stem, stem_of
@@ -96,6 +96,7 @@ class Run:
         self._keep = keep
         self._asked = asked
         self._cache: dict[tuple[object, ...], object] = {}
+        self._unwatched = Unwatched(model)
         self._details: dict[str, Any] = {}
 
     def tell(self, **details: Any) -> None:
@@ -525,15 +526,8 @@ class Run:
             images = images.contiguous()
         elif self.settings.channels_last and images.dim() == 4:
             images = images.contiguous(memory_format=torch.channels_last)
-        folding = self._once(("folding",), lambda: Folding.of(self.model, images[:1]))
         with self.autocast():
-            if folding is not None:
-                try:
-                    with folding.running():
-                        return function(images)
-                except Unfolded:  # these images take another way through the model; the next ones may do so too
-                    self._cache["folding",] = None
-            return function(images)
+            return self._unwatched.run(images, function)
 
     # ------------------------------------------------------------------------------------------------------- helpers
 

@@ -113,7 +113,7 @@ class RankCurve(Metric):
             """The same where single pixels give way to a fill: few of them are written, in the format of the batch."""
             row = rows[part]
             pictures = study.by_pixel[row]
-            places = row.tolist()
+            places = [v // points % n for v in range(part.start, part.stop)]  # known here: no look at the device
             for picture, place, some in zip(pictures, places, chosen(part), strict=True):
                 picture[some] = flat[place][some] if len(flat) > 1 else flat[0][some]
             return pictures.view(len(row), *study.shape, -1).movedim(-1, 1)

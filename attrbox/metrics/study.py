@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from attrbox.compare import compare
+from attrbox.engine.folding import Unwatched
 from attrbox.engine.recorder import forward
 from attrbox.errors import InputError, OptionError
 from attrbox.memory import backing_off
@@ -279,11 +280,13 @@ class Study:
         return scores
 
     def _forward(self, images: Tensor) -> Tensor:
-        assert self.model is not None
+        model = self.model
+        assert model is not None
         if self.channels_last and images.dim() == 4:
             images = images.contiguous(memory_format=torch.channels_last)
-        with torch.no_grad():
-            return unwrap(forward(self.model, images.clone() if images._base is not None else images))
+        unwatched = self.once(("unwatched",), lambda: Unwatched(model))
+        with torch.no_grad():  # a copy for the model, which may write into it
+            return unwrap(unwatched.run(images, lambda images: forward(model, images.clone())))
 
     def _score(self, outputs: Tensor, rows: Tensor, scoring: Scoring) -> Tensor:
         indices = None if self.indices is None else self.indices[rows]
