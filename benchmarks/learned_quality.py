@@ -108,8 +108,9 @@ def draw(images: Tensor, names: Sequence[str], maps: dict[str, Tensor], path: Pa
                 axis.imshow(maps[label][i], cmap="RdBu_r", vmin=-limit, vmax=limit)
     figure.tight_layout(pad=0.3)
     figure.savefig(path)
-    # Few colours are enough for maps, and make a third of the file.
-    Image.open(path).convert("RGB").quantize(256).save(path, optimize=True)
+    # A palette makes a third of the file; dithered, photographs do not fall into patches.
+    picture = Image.open(path).convert("RGB")
+    picture.quantize(palette=picture.quantize(256), dither=Image.Dither.FLOYDSTEINBERG).save(path, optimize=True)
 
 
 def main() -> None:

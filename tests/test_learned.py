@@ -311,7 +311,7 @@ class TestLearning:
         values = attrbox.explain(model, X, "learned_transfer", learned=anywhere, target=1).values
         deeplift = attrbox.explain(model, X, "deeplift", target=1).heatmap()
         region = torch.stack([torch.from_numpy(gaussian_filter(one, 2, mode="nearest")) for one in deeplift.numpy()])
-        share = region.abs() / region.abs().amax((1, 2), keepdim=True)
+        share = (region / region.abs().amax((1, 2), keepdim=True)) ** 2
         share[values.sum(1) * region <= 0] = 0
         torch.testing.assert_close(maps.values, values * share[:, None], rtol=1e-9, atol=1e-12)
         assert 0 < (share == 0).double().mean() < 1

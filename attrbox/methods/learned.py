@@ -12,7 +12,7 @@ finds the pixels that matter: with masks M+ and M- made of A (`attrbox.masks`), 
 
 is minimised by Adam over all W_l, one independent problem per sample. The weights of the model stay as they are.
 
-With a region (preset clean), the map is A * |S| where A and S agree in sign, and zero elsewhere: S is DeepLIFT's map of
+With a region (preset clean), the map is A * S^2 where A and S agree in sign, and zero elsewhere: S is DeepLIFT's map of
 the same score through a Gaussian, the largest |S| of an image being 1. S says where, A says which pixels there.
 """
 

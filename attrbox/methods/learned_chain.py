@@ -96,8 +96,8 @@ def channel_sum(values: Tensor) -> Tensor:
 
 
 def weighed(region: Tensor | None, map: Tensor) -> Tensor:
-    """A |S| where A and S agree in sign, 0 elsewhere."""
-    return map if region is None else torch.where(map * region > 0, map * region.abs(), 0)
+    """A S^2 where A and S agree in sign, 0 elsewhere."""
+    return map if region is None else torch.where(map * region > 0, map * region**2, 0)
 
 
 def regions(run: Run, sigma: float) -> list[Tensor | None]:
@@ -133,7 +133,7 @@ def chained(
         (gradient,) = tape.replay(score, [tape.images], rule, reference=reference)
     values = tape.images.detach() * gradient
     if region is not None:
-        values = values * torch.where(channel_sum(values) * region > 0, region.abs(), 0).unsqueeze(1)
+        values = values * torch.where(channel_sum(values) * region > 0, region**2, 0).unsqueeze(1)
     if sigma and values.dim() == 4:
         values = gaussian_blur(values, sigma * max(values.shape[-2:]))
     return values.to(run.images.dtype).contiguous()

@@ -56,7 +56,7 @@ class Learning(Propagating):
     )
     region: float = option(
         0.0,
-        "weigh the map by DeepLIFT's through a Gaussian of this deviation, as a share of the image's longer side, "
+        "weigh the map by the square of DeepLIFT's through a Gaussian of this deviation, as a share of the image's longer side, "
         "and drop what that contradicts; 0: do not",
     )
     fraction: float = option(0.05, "largest share of pixels that a rank mask takes away")
