@@ -56,8 +56,8 @@ class Learning(Propagating):
     )
     region: float = option(
         0.0,
-        "weigh the map by the square of DeepLIFT's through a Gaussian of this deviation, as a share of the image's longer side, "
-        "and drop what that contradicts; 0: do not",
+        "weigh the map by the square of DeepLIFT's, smoothed, and drop what that contradicts; standard deviation of "
+        "that Gaussian, as a share of the image's longer side; 0: do not",
     )
     fraction: float = option(0.05, "largest share of pixels that a rank mask takes away")
     temperature: float = option(
