@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1] / "attrbox"
 LAYERS = [
     ["attrbox.errors"],
     ["attrbox.files", "attrbox.registry", "attrbox.shapes"],
+    ["attrbox.journal"],
     ["attrbox.guard", "attrbox.memory", "attrbox.targets", "attrbox.perturbations"],
     ["attrbox.seeds", "attrbox.superpixels"],
     ["attrbox.engine.site", "attrbox.engine.stem"],
