@@ -10,6 +10,7 @@ from attrbox import errors
 from attrbox.compare import Comparison, compare, explain, list_methods
 from attrbox.engine.site import Rule, Site
 from attrbox.evaluate import evaluate
+from attrbox.export import export
 from attrbox.methods import (  # registers the methods
     cam,
     gradient,
@@ -74,6 +75,7 @@ __all__ = [
     "errors",
     "evaluate",
     "explain",
+    "export",
     "list_methods",
     "list_metrics",
     "methods",

@@ -1,8 +1,8 @@
 """A file that changes from one committed state to the next, whatever happens in between.
 
-`Transactions` is a file object, for instance for `h5py.File(Transactions(journal), "r+")`. What is written beyond the end
-of the committed state goes to the file at once, since nothing committed refers to it. What would change committed bytes
-waits in memory until `commit`, which
+`Transactions` is a file object, for instance for `h5py.File(Transactions(journal), "r+")`. What is written beyond the
+end of the committed state goes to the file at once, since nothing committed refers to it. What would change committed
+bytes waits in memory until `commit`, which
 
     1. makes the new bytes at the end durable,
     2. writes the changed ones into a journal beside the file, `NAME.journal`, with a checksum, and makes that durable,
@@ -18,6 +18,7 @@ import hashlib
 import io
 import os
 import struct
+import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -26,10 +27,8 @@ from typing import IO, Any
 from attrbox.errors import FileError
 from attrbox.files import settle
 
-try:
+if sys.platform != "win32":
     import fcntl
-except ImportError:  # not a Unix
-    fcntl = None  # type: ignore[assignment]
 
 _PAGE = 4096
 _MAGIC = b"attrbox journal\n"
@@ -141,17 +140,15 @@ class Transactions(io.RawIOBase):
             self._journal.apply(self._file)
 
     def discard(self) -> None:
-        """Forget what was not committed, and ignore all that is still to be written."""
+        """Ignore what is still to be written, and never commit what was written since the last time."""
         self._discarding = True
-        self._pages.clear()
-        with suppress(OSError):
-            os.ftruncate(self._file.fileno(), self._committed)
-        self._size = self._committed
 
     def close(self) -> None:
         """Close the file; what was not committed is lost."""
         if not self.closed:
             self.discard()
+            with suppress(OSError):
+                os.ftruncate(self._file.fileno(), self._committed)
             self._file.close()
             super().close()
 
@@ -269,7 +266,7 @@ def _lock(path: Path) -> IO[bytes]:
 
 def _locked(journal: IO[bytes]) -> bool:
     """Try to lock an open file until it is closed."""
-    if fcntl is None:
+    if sys.platform == "win32":  # which lets nobody remove or replace what another has open
         return True
     try:
         fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -39,7 +39,10 @@ LAYERS = [
     ["attrbox.metrics"],
     ["attrbox.evaluate"],
     ["attrbox.data", "attrbox.models"],
-    ["attrbox.arguments"],
+    ["attrbox.arguments", "attrbox.samples"],
+    ["attrbox.growing"],
+    ["attrbox.job"],
+    ["attrbox.export"],
     ["attrbox.cli"],
     ["attrbox.__main__"],
 ]
