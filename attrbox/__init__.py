@@ -7,10 +7,12 @@ result = attrbox.compare(model, images, ["saliency", "lrp_epsilon", ("integrated
 from importlib.metadata import PackageNotFoundError, version
 
 from attrbox import errors
+from attrbox.collect import merge, split, verify
 from attrbox.compare import Comparison, compare, explain, list_methods
 from attrbox.engine.site import Rule, Site
 from attrbox.evaluate import evaluate
-from attrbox.export import export
+from attrbox.export import export, recompute
+from attrbox.maps import MapsFile, open_maps
 from attrbox.methods import (  # registers the methods
     cam,
     gradient,
@@ -60,6 +62,7 @@ __all__ = [
     "Comparison",
     "Coverage",
     "Evaluation",
+    "MapsFile",
     "Measurement",
     "Method",
     "Metric",
@@ -78,13 +81,18 @@ __all__ = [
     "export",
     "list_methods",
     "list_metrics",
+    "merge",
     "methods",
     "metrics",
+    "open_maps",
     "option",
+    "recompute",
     "register_method",
     "register_metric",
     "register_rule",
     "roar",
     "rules",
+    "split",
     "top",
+    "verify",
 ]

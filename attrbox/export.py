@@ -25,8 +25,10 @@ from attrbox.errors import FileError, InputError, TargetError
 from attrbox.growing import Flags, Growing, Output, known_targets
 from attrbox.guard import check_model
 from attrbox.hdf5 import Compression, DType, check_storage, plain
-from attrbox.job import Channels, ExportTarget, Job
+from attrbox.job import Channels, ExportTarget, Job, device_of
 from attrbox.journal import Journal
+from attrbox.maps import MapsFile
+from attrbox.memory import MOST_PER_PASS
 from attrbox.methods.base import Method, MethodSpec, check_choice, check_count, choose
 from attrbox.methods.base import methods as registry
 from attrbox.models import LoadedModel
@@ -34,7 +36,6 @@ from attrbox.samples import Batch, Picture, Samples, SamplesLike, samples_of
 from attrbox.seeds import check_seeds
 from attrbox.targets import Target
 
-BATCH = 16
 _QUEUE = 2  # batches that may wait to be written
 _PROBES = 3  # samples that are read again to see whether the data is what it was
 
@@ -116,8 +117,8 @@ def export(
         seed: one for all, or one for each sample.
         preprocess: an image of `data` that is no tensor -> a tensor as the model takes it.
         ids: a name for each sample; default: file names, or "0", "1", ...
-        batch_size: images that are read and go through the model together. Default: 16, or what the file began with,
-            of which as many go through the model at once as memory allows.
+        batch_size: images that are read and go through the model together, fewer where memory runs out. Default: what
+            the file began with, or what pays on the device (`attrbox.memory.MOST_PER_PASS`).
         workers: processes that read. Default: those of the DataLoader, or none: a thread then reads ahead.
         precision, channels_last: as for `attrbox.explain`.
         dtype: of the maps in the file: "float32", "float64", "float16".
@@ -162,8 +163,7 @@ def export(
             methods=_labelled(chosen, methods, growing, beside),
             target=target,
             seed=seed,
-            batch_size=batch_size or (growing.settings["batch_size"] if growing else BATCH),
-            fixed=batch_size is not None,
+            batch_size=batch_size or (growing.settings["batch_size"] if growing else _usual_batch(module)),
             precision=precision,
             channels_last=channels_last,
             channels=channels,
@@ -184,6 +184,79 @@ def export(
             done = {label: int(flags[label].sum()) if label in flags else 0 for label in (*flags, *job.methods)}
     failed = {samples.ids[row]: reason for reasons in output.failed.values() for row, reason in reasons.items()}
     return Summary(path, len(samples), images, output.maps, done, failed, time.perf_counter() - began)
+
+
+def recompute(
+    maps: MapsFile,
+    sample: int | str,
+    model: nn.Module | LoadedModel | Callable[[Tensor], Any],
+    data: SamplesLike,
+    *,
+    target: ExportTarget = None,
+    preprocess: Callable[[Any], Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """The maps of one sample once more, by what the file tells of how they were made; bit-equal on the same machine.
+
+    The sample goes through the model with the batch mates that it had.
+
+    Args:
+        maps: an open file that `export` wrote.
+        sample: its id or place.
+        model, data, preprocess: as they were for `export`.
+        target: only if it was a function.
+
+    Returns:
+        label -> map [C, H, W] ([K, C, H, W] for K targets), in the file's dtype, of the methods that have one.
+
+    Raises:
+        InputError: the file does not tell enough (it was merged or split, or options are tensors), the data or the
+            model are not what they were, or the sample cannot be explained.
+    """
+    settings = maps.settings
+    if not settings.get("batch_size"):
+        raise InputError(f"{str(maps.path)!r} does not tell how its batches were made: not a file of attrbox.export.")
+    loaded = model if isinstance(model, LoadedModel) else None
+    samples = data if isinstance(data, Samples) else _samples(data, loaded, preprocess, None, False)
+    seeds = maps.column("seed")
+    job = Job(
+        model=model.model if isinstance(model, LoadedModel) else model,
+        samples=samples,
+        methods={label: (one.method, one.options) for label, one in maps.items()},
+        target=target,
+        seed=settings["seed"] if seeds is None else seeds.tolist(),
+        batch_size=settings["batch_size"],
+        precision=settings["precision"] and getattr(torch, settings["precision"].removeprefix("torch.")),
+        channels_last=settings["channels_last"],
+        channels=settings["channels"],
+        dtype=settings["dtype"],
+        compression=settings["compression"],
+    )
+    for label, (_, options) in job.methods.items():
+        if any(isinstance(value, dict) for value in options.values()):
+            raise InputError(f"The options of {label!r} are tensors, which the file does not keep. Explain it anew.")
+    row = maps.place(sample)
+    other = [name for name, value in job.settings.items() if name not in ("target", "seed") and settings[name] != value]
+    pending = {
+        label: one.done & (np.arange(len(samples)) // job.batch_size == row // job.batch_size)
+        for label, one in maps.items()
+    }
+    if other or not any(wanted[row] for wanted in pending.values()):
+        raise InputError(
+            f"{str(maps.path)!r} was made otherwise: {', '.join(other)} differ."
+            if other
+            else f"The file has no map of the sample {maps.ids[row]!r}."
+        )
+    (batch,) = samples.batches(job.batches(pending))
+    known = known_targets(maps.column("target"), [one.row for one in batch.samples])
+    result, error = job.explain(batch, pending, known)
+    found = {
+        label: attribution.values[rows.index(row)].to(getattr(torch, job.dtype))
+        for label, (rows, attribution) in result.maps.items()
+        if row in rows
+    }
+    if not found:
+        raise error or InputError(f"The sample {maps.ids[row]!r} cannot be explained any more.")
+    return found
 
 
 # ----------------------------------------------------------------------------------------------------- what is checked
@@ -283,6 +356,10 @@ def _check_same(growing: Growing, settings: Mapping[str, Any], samples: Samples)
 def _short(value: object) -> str:
     text = value if isinstance(value, str) else json.dumps(value)
     return f"{text[:12]}..." if len(text) > 40 else text
+
+
+def _usual_batch(model: object) -> int:
+    return MOST_PER_PASS.get(device_of(model).type, 32)
 
 
 def _name(model: object) -> str:

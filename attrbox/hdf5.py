@@ -276,7 +276,7 @@ def flaws(attribution: Attribution, dtype: str) -> dict[int, str]:
     finite = flat.isfinite().all(1)
     found = {int(row): "the map has NaN or infinite values" for row in (~finite).nonzero().flatten()}
     if dtype == "float16":
-        lost = _lost_by_half(attribution).flatten(1).any(1) if len(flat) else finite
+        lost = _lost_by_half(attribution).reshape(len(flat), -1).any(1)
         found |= {int(row): "the map does not fit float16; use float32" for row in (lost & finite).nonzero().flatten()}
     return found
 

@@ -41,8 +41,7 @@ class Job:
         methods: label -> name and options.
         target: what is explained, or "label".
         seed: one for all samples, or one each.
-        batch_size: samples that are read together and, with `fixed`, go through the model together.
-        fixed: False lets memory decide how many go through the model together.
+        batch_size: samples that are read and go through the model together.
         precision, channels_last: as for `attrbox.compare`.
         channels: "all", or "one" for the map for the eye.
         dtype: in which maps are stored.
@@ -55,7 +54,6 @@ class Job:
     target: ExportTarget
     seed: int | Sequence[int]
     batch_size: int
-    fixed: bool
     precision: torch.dtype | None
     channels_last: bool
     channels: Channels
@@ -166,21 +164,15 @@ class Job:
         rows = [sample.row for sample in batch.samples]
         return compare(
             self.model,
-            batch.images.to(self.device),
+            batch.images.to(device_of(self.model)),
             [self.methods[label] for label in labels],
             target=self._target(batch, known),
             seed=self.seed if isinstance(self.seed, int) else [self.seed[row] for row in rows],
-            batch_size=self.batch_size if self.fixed else None,
+            batch_size=self.batch_size,
             precision=self.precision,
             channels_last=self.channels_last,
             progress=False,
         )
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model is; the CPU for what has no parameters."""
-        tensors = [*self.model.parameters(), *self.model.buffers()] if isinstance(self.model, nn.Module) else []
-        return tensors[0].device if tensors else torch.device("cpu")
 
     def _target(self, batch: Batch, known: Tensor | None) -> TargetLike:
         rows = [sample.row for sample in batch.samples]
@@ -214,9 +206,9 @@ class Job:
             attributions,
             predictions=comparison.predictions,
             labels=_labels([sample.label for sample in batch.samples]),
-            ids=[self.samples.ids[row] for row in rows],
             seed=None if isinstance(self.seed, int) else [self.seed[row] for row in rows],
         )
+        del columns["id"]  # which the file has from the beginning
         columns["pixels_sha256"] = np.array([sample.sha256 for sample in batch.samples], object)
         pictures = [sample.photograph for sample in batch.samples]
         return Written(rows, columns, pictures, maps, result.failed, tuple(comparison.images.shape[1:]))
@@ -274,6 +266,12 @@ def _appended(first: Attribution, second: Attribution) -> Attribution:
         if getattr(first, name) is not None
     }
     return replace(first, **parts, details={})
+
+
+def device_of(model: object) -> torch.device:
+    """Where a model is; the CPU for what has no parameters."""
+    tensors = [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else []
+    return tensors[0].device if tensors else torch.device("cpu")
 
 
 def architecture_hash(model: nn.Module) -> str:

@@ -19,8 +19,8 @@ import io
 import os
 import struct
 import sys
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -99,6 +99,9 @@ class Journal:
 class Transactions(io.RawIOBase):
     """The journal's file, which exists, open for reading and writing; it changes by `commit` alone.
 
+    A write that fails is told by `commit`. Libraries write also while they put objects away, where nobody hears of an
+    exception.
+
     Raises:
         FileError: the file cannot be opened for writing.
     """
@@ -123,6 +126,7 @@ class Transactions(io.RawIOBase):
         self._pages: dict[int, bytearray] = {}  # changed ones of the committed state, by number
         self._place = 0
         self._discarding = False
+        self._error: OSError | None = None
 
     def commit(self) -> None:
         """Make all that was written the state of the file.
@@ -130,6 +134,8 @@ class Transactions(io.RawIOBase):
         Raises:
             OSError: it cannot be done, as of a full disk; the file keeps the state of the last commit.
         """
+        if self._error:
+            raise self._error
         os.fsync(self._file.fileno())
         changed = bool(self._pages) or self._size < self._committed
         if changed:
@@ -185,23 +191,32 @@ class Transactions(io.RawIOBase):
 
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
-        if not self._discarding:
-            held = max(0, min(len(view), self._committed - self._place))
-            if held:
+        held = max(0, min(len(view), self._committed - self._place))
+        with self._attempt() as able:
+            if able and held:
                 self._hold(self._place, view[:held])
-            if held < len(view):
+            if able and held < len(view):
                 self._file.seek(self._place + held)
                 _write_all(self._file, view[held:])
-            self._size = max(self._size, self._place + len(view))
+        self._size = max(self._size, self._place + len(view))
         self._place += len(view)
         return len(view)
 
     def truncate(self, size: int | None = None) -> int:
         size = self._place if size is None else size
-        if not self._discarding:
-            os.ftruncate(self._file.fileno(), max(size, self._committed))
-            self._size = size
+        with self._attempt() as able:
+            if able:
+                os.ftruncate(self._file.fileno(), max(size, self._committed))
+        self._size = size
         return size
+
+    @contextmanager
+    def _attempt(self) -> Iterator[bool]:
+        """Whether to write at all; an error is kept for the next commit, before which nothing more is written."""
+        try:
+            yield not self._discarding
+        except OSError as error:
+            self._error, self._discarding = error, True
 
     def _hold(self, start: int, view: memoryview) -> None:
         """Keep changes of committed bytes for the next commit."""
@@ -248,7 +263,7 @@ def _lock(path: Path) -> IO[bytes]:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             journal = open(journal_of(path), "a+b", buffering=0)  # noqa: SIM115
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the name
             raise _cannot("write beside", path, error) from error
         try:
             if not _locked(journal):
@@ -300,5 +315,5 @@ def _read_all(file: IO[bytes], size: int) -> bytes:
     return b"".join(parts)
 
 
-def _cannot(what: str, path: Path, error: OSError) -> FileError:
-    return FileError(f"Cannot {what} {str(path)!r} ({error.strerror}). Check its folder, permissions and free space.")
+def _cannot(what: str, path: Path, error: Exception) -> FileError:
+    return FileError(f"Cannot {what} {str(path)!r} ({error}). Check its folder, permissions and free space.")

@@ -1,84 +1,32 @@
 """Exports: the maps computed are the maps read, whatever is killed, full, broken, changed or odd on the way."""
 
+import errno
+import multiprocessing
 import os
 import random
 import resource
 import signal
-import subprocess
 import sys
 import time
-from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
 import torch
+from exports import METHODS, Pairs, assert_same, content, export, net, pictures
 from PIL import Image
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import attrbox
 from attrbox.errors import FileError, InputError, NoGradientError, OptionError, TargetError
 from attrbox.journal import Journal, journal_of
 from attrbox.models import LoadedModel, Preprocess
 
-METHODS = ["saliency", "deeplift", ("integrated_gradients", {"steps": 3}), "random"]
-
-
-def net():
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(200, 5)
-    ).eval()
-
-
-def pictures(count=10):
-    return torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(1))
-
 
 @pytest.fixture
 def path(tmp_path):
     return tmp_path / "maps.h5"
-
-
-def export(path, data=None, methods=METHODS, model=None, **options):
-    options = {"batch_size": 4, "progress": False} | options
-    return attrbox.export(model or net(), pictures() if data is None else data, path, methods, **options)
-
-
-def content(path):
-    """Everything in a file that its samples have, by name."""
-    found = {}
-    with h5py.File(path) as file:
-        file.visititems(lambda name, item: found.update({name: item[()]}) if isinstance(item, h5py.Dataset) else None)
-    return found
-
-
-def assert_same(one, other):
-    one, other = content(one), content(other)
-    assert one.keys() == other.keys()
-    for name, values in one.items():
-        if name == "samples/photograph":
-            assert all(np.array_equal(*pair) for pair in zip(values, other[name], strict=True))
-        else:
-            np.testing.assert_array_equal(values, other[name], err_msg=name)
-
-
-class Pairs(Dataset):
-    """Images with labels; some cannot be read."""
-
-    def __init__(self, images, broken=(), label=lambda row: row % 5):
-        self.images, self.broken, self.label = images, broken, label
-        self.read = []
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, row):
-        self.read.append(row)
-        if row in self.broken:
-            raise OSError(f"no such <b>{row}</b>\0")
-        return self.images[row], self.label(row)
 
 
 # ---------------------------------------------------------------------------------------------------------- round trip
@@ -124,7 +72,13 @@ def test_one_map_for_the_eye(path):
 
 @pytest.mark.parametrize(
     "target",
-    [3, list(range(5)) * 2, attrbox.top(2), attrbox.classes([1, 2]), attrbox.classes([[row % 5, 1] for row in range(10)])],
+    [
+        3,
+        list(range(5)) * 2,
+        attrbox.top(2),
+        attrbox.classes([1, 2]),
+        attrbox.classes([[row % 5, 1] for row in range(10)]),
+    ],
 )
 def test_targets(path, target):
     export(path, target=target, methods=["gradient_x_input"])
@@ -343,7 +297,7 @@ def test_a_model_that_fails_on_one_sample(path):
 
 def test_half_precision_leaves_out_what_it_would_lose(path):
     images = pictures()
-    images[3] *= 1e6
+    images[3] *= 1e9
     summary = export(path, images, methods=["gradient_x_input"], dtype="float16")
     assert "float16" in summary.failed["3"]
 
@@ -364,7 +318,7 @@ def test_half_precision_leaves_out_what_it_would_lose(path):
         ({"target": [1, 2, 3]}, TargetError, "10 in all, got 3"),
         ({"target": 7}, TargetError, "from 0 to 4"),
         ({"target": "tabby"}, TargetError, "'label'"),
-        ({"target": "label"}, InputError, "label"),
+        ({"target": "label"}, TargetError, "label of '0'"),
         ({"seed": [1, 2]}, OptionError, "10 in all, got 2"),
         ({"ids": ["a"] * 10}, InputError, "'a' more than once"),
         ({"ids": ["a"]}, InputError, "one id"),
@@ -398,7 +352,7 @@ def test_image_folders(tmp_path, path):
     folder = tmp_path / "pictures"
     with pytest.raises(FileError, match="there is no"):
         export(path, folder, model=loaded)
-    for name in ("cats/one.png", "cats/two.png", 'dogs/"quoted" <b>ü</b>.png', "dogs/../dogs/three.png"):
+    for name in ("cats/one.png", "cats/two.png", 'dogs/"quoted" <b>ü.png', "dogs/../dogs/three.png"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (20, 18), (len(name) * 9, 90, 30)).save(folder / name)
     (folder / "dogs/broken.jpg").write_bytes(b"no picture")
@@ -407,7 +361,7 @@ def test_image_folders(tmp_path, path):
     summary = export(path, folder, model=loaded, methods=["saliency"])
     assert list(summary.failed) == ["broken"]
     with h5py.File(path) as file:
-        assert file["samples/id"].asstr()[:].tolist() == ["one", "two", '"quoted" <b>ü</b>', "broken", "three"]
+        assert file["samples/id"].asstr()[:].tolist() == ["one", "two", '"quoted" <b>ü', "broken", "three"]
         assert file["samples/label"][:].tolist() == [0, 0, 1, -1, 1]
         assert file["classes"].asstr()[:].tolist() == ["a", "b", "<i>c</i>", 'd"', "ü"]
         assert file["samples/source"].asstr()[4] == str(folder / "dogs/three.png")
@@ -433,40 +387,54 @@ def test_paths_that_cannot_be_files(tmp_path):
 
 # --------------------------------------------------------------------------------------- killed, full, and two at once
 
-CHILD = """
-import sys, time, torch, attrbox
-from tests.test_export import METHODS, Pairs, net, pictures
 
 class Slow(Pairs):
     def __getitem__(self, row):
-        time.sleep(0.004)
+        time.sleep(0.002)
         return super().__getitem__(row)
 
-print("ready", flush=True)
-attrbox.export(net(), Slow(pictures(60)), sys.argv[1], METHODS, batch_size=4, progress=False)
-"""
+
+def export_slowly(path, limit=None):
+    """What other processes do; with a limit, writes beyond it fail with an error, as on a full disk."""
+    torch.set_num_threads(1)
+    if limit is not None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    try:
+        export(path, Slow(pictures(60)))
+    except FileError as error:
+        print(error, file=sys.stderr)
+        sys.exit(1)
 
 
-def child(path, **options):
-    root = Path(__file__).parents[1]
-    environment = os.environ | {"PYTHONPATH": str(root)}
-    return subprocess.Popen(
-        [sys.executable, "-c", CHILD, str(path)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options
-    )
+@pytest.fixture(scope="module")
+def processes():
+    """Processes that start fast, as they have imported attrbox."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["attrbox"])
+    return context
 
 
-def test_killed_at_any_moment_it_opens_and_goes_on(path, tmp_path):
+def start(processes, path, limit=None):
+    """A process that exports, and has begun to."""
+    process = processes.Process(target=export_slowly, args=(path, limit))
+    process.start()
+    while process.exitcode is None and not journal_of(path).exists():
+        time.sleep(0.002)
+    return process
+
+
+def test_killed_at_any_moment_it_opens_and_goes_on(path, tmp_path, processes):
     export(tmp_path / "whole.h5", Pairs(pictures(60)))
     whole = content(tmp_path / "whole.h5")
     rng = random.Random(0)
     kills, reached = 0, 0
-    while kills < 12:
-        process = child(path)
-        with process:
-            process.stdout.readline()
-            time.sleep(rng.uniform(0.05, 0.35))
-            process.send_signal(signal.SIGKILL)
-        if process.returncode == 0:
+    while kills < 6:
+        process = start(processes, path)
+        time.sleep(rng.uniform(0, 0.25))
+        process.kill()
+        process.join()
+        if process.exitcode == 0:
             break
         kills += 1
         if path.exists():
@@ -474,48 +442,52 @@ def test_killed_at_any_moment_it_opens_and_goes_on(path, tmp_path):
                 done = maps["saliency"].done
                 assert done.sum() >= reached
                 reached = done.sum()
-                for label in maps:
-                    rows = np.flatnonzero(maps[label].done)
-                    np.testing.assert_array_equal(maps.file["maps"][label][()][rows], whole[f"maps/{label}"][rows])
-                assert attrbox.verify(path) == []
+                for label, one in maps.items():
+                    rows = np.flatnonzero(one.done)
+                    np.testing.assert_array_equal(one.numpy(rows), whole[f"maps/{label}"][rows])
+            assert attrbox.verify(path) == []
     assert kills > 2
     export(path, Pairs(pictures(60)))
     assert_same(path, tmp_path / "whole.h5")
 
 
-def test_a_full_disk_leaves_a_readable_file_and_room_lets_it_go_on(path, tmp_path):
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.93])
+def test_a_full_disk_leaves_a_readable_file_and_room_lets_it_go_on(path, tmp_path, processes, share):
     export(tmp_path / "whole.h5", Pairs(pictures(60)))
-    limit = (tmp_path / "whole.h5").stat().st_size // 2
-
-    def full():  # writes beyond it fail with an error, as on a full disk
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
-    process = child(path, preexec_fn=full)
-    _, error = process.communicate()
-    assert process.returncode == 1
-    assert b"Cannot write" in error.splitlines()[-1]
-    assert b"make space" in error.splitlines()[-1]
+    process = start(processes, path, int((tmp_path / "whole.h5").stat().st_size * share))
+    process.join()
+    assert process.exitcode == 1
     with h5py.File(path) as file:  # by any reader
-        done = file["samples/done/saliency"][:]
-        assert 0 < done.sum() < 60
-    assert os.listdir(tmp_path).count("maps.h5.journal") == 0
-    assert export(path, Pairs(pictures(60))).images == 60 - done.sum()
+        done = file["samples/done/saliency"][:].sum()
+        assert 0 < done < 60
+    assert attrbox.verify(path) == []
+    assert sorted(os.listdir(tmp_path)) == ["maps.h5", "whole.h5"]
+    assert export(path, Pairs(pictures(60))).images == 60 - done
     assert_same(path, tmp_path / "whole.h5")
 
 
-def test_the_second_exporter_is_refused(path):
+def test_a_full_disk_is_told(path, monkeypatch):
+    def full(file, view):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    export(path, methods=["saliency"])
+    before = content(path)
+    monkeypatch.setattr(attrbox.journal, "_write_all", full)
+    with pytest.raises(FileError, match=r"maps.h5' any further .*No space left.*make space"):
+        export(path, methods=["saliency", "deeplift"])
+    monkeypatch.undo()
+    assert content(path).keys() == before.keys()
+    assert attrbox.verify(path) == []
+
+
+def test_the_second_exporter_is_refused(path, processes):
     with Journal(path):
-        with pytest.raises(FileError, match="being written by another process"):
-            export(path)
-        with pytest.raises(FileError, match="being written by another process"):
-            export(path, overwrite=True)
-    process = child(path)
-    with process:
-        process.stdout.readline()
-        while not journal_of(path).exists():
-            time.sleep(0.01)
-        with pytest.raises(FileError, match="being written by another process"):
-            export(path, Pairs(pictures(60)))
-        process.kill()
+        for overwrite in (False, True):
+            with pytest.raises(FileError, match="being written by another process"):
+                export(path, overwrite=overwrite)
+    process = start(processes, path)
+    with pytest.raises(FileError, match="being written by another process"):
+        export(path, Pairs(pictures(60)))
+    process.kill()
+    process.join()
     export(path, Pairs(pictures(60)))
