@@ -1,4 +1,4 @@
-"""Kill an export again and again at random moments; after each kill the file must open, and in the end equal a whole one.
+"""Kill an export at random moments; after each kill the file must open, and in the end equal a whole one.
 
     python benchmarks/kills.py --kills 50 --images 200
 

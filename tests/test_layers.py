@@ -44,6 +44,12 @@ LAYERS = [
     ["attrbox.growing"],
     ["attrbox.job"],
     ["attrbox.export"],
+    ["attrbox.config"],
+    ["attrbox.experiment", "attrbox.stored"],
+    ["attrbox.measuring", "attrbox.report"],
+    ["attrbox.commands.options"],
+    ["attrbox.commands.configs"],
+    ["attrbox.commands"],
     ["attrbox.cli"],
     ["attrbox.__main__"],
 ]
