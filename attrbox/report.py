@@ -114,11 +114,11 @@ def _known(maps: MapsFile, columns: Mapping[str, NDArray[Any] | None], place: in
     target = value["target"]
     first = None if target is None else np.ravel(target)[0]
     score = None if value["score"] is None else float(np.ravel(value["score"])[0])
-    explained = _class(maps, first)
+    explained, predicted = _class(maps, first), _class(maps, value["prediction"])
     facts = [
         ("label", _class(maps, value["label"])),
-        ("predicted", _class(maps, value["prediction"])),
-        ("explained", explained),
+        ("predicted", predicted),
+        ("explained", explained if explained != predicted else ""),
         ("score", "" if score is None else f"{score:.4g}"),
     ]
     known = [value[name] is not None for name in ("label", "prediction")]

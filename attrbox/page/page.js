@@ -96,9 +96,11 @@ const article = sample => {
       draw(canvas, sample, label);
       canvas.redraw = () => draw(canvas, sample, label);
     } else make("div", sample.failed[label] || "no map", figure).className = "none";
-    const values = data.metrics.filter(metric => sample.scores[metric]?.[label] !== undefined)
-      .map(metric => `${metric} ${round(sample.scores[metric][label])}`);
-    make("figcaption", [label, ...values].join(" · "), figure);
+    const caption = make("figcaption", "", figure);
+    make("b", label, caption);
+    for (const metric of data.metrics)
+      if (sample.scores[metric]?.[label] !== undefined)
+        make("div", `${metric} ${round(sample.scores[metric][label])}`, caption);
   }
   return row;
 };
