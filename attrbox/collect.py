@@ -114,8 +114,14 @@ def _check_settings(first: MapsFile, other: MapsFile) -> None:
 
 def _made(maps: MapsFile) -> dict[str, Any]:
     settings = {name: value for name, value in maps.settings.items() if name not in _OF_THE_DATA}
+    settings = {name: value for name, value in settings.items() if not _of_each_sample(name, value)}
     model = {"model": maps.attributes.get("model"), "weights_sha256": maps.attributes.get("weights_sha256")}
     return model | settings | {f"options of {label}": one.options for label, one in maps.items()}
+
+
+def _of_each_sample(name: str, value: object) -> bool:
+    """Whether a setting is a tensor with a row for each sample."""
+    return name in ("target", "seed") and isinstance(value, dict) and "sha256" in value
 
 
 def _short(value: object) -> str:
@@ -187,6 +193,7 @@ def _begin(file: h5py.File, first: MapsFile, count: int) -> None:
     file.attrs.update(first.attributes)
     if settings := first.settings:
         settings |= {"samples": count, "data_sha256": None, "batch_size": None}
+        settings |= {name: "of each sample" for name, value in settings.items() if _of_each_sample(name, value)}
         file.attrs["export"] = json.dumps(settings, ensure_ascii=False)
     file.create_group("maps", track_order=True)
     samples = file.create_group("samples")

@@ -1,6 +1,7 @@
 """What a config names, loaded: the model, the samples, the target."""
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from attrbox.samples import Picture, Samples, samples_of
 def model_of(config: Config) -> LoadedModel:
     """The model on its device, with the preprocessing that the config asks for."""
     loaded = load_model(config.model.name, weights=config.model.weights, seed=config.run.seed)
-    loaded = loaded.to(parse_device(config.run.device))
+    loaded = loaded.to(parse_device(_own_device(config.run.device)))
     wanted: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value
         for name in ("resize", "crop", "mean", "std")
@@ -33,6 +34,11 @@ def model_of(config: Config) -> LoadedModel:
         )
     preprocess = dataclasses.replace(loaded.preprocess, **wanted)
     return dataclasses.replace(loaded, preprocess=preprocess, mean=preprocess.mean, std=preprocess.std)
+
+
+def _own_device(device: str) -> str:
+    """Under torchrun "cuda" is the process's own GPU."""
+    return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
 
 
 def samples_for(config: Config, loaded: LoadedModel) -> Samples:

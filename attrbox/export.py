@@ -25,7 +25,7 @@ from attrbox.errors import FileError, InputError, TargetError
 from attrbox.growing import Flags, Growing, Output, known_targets
 from attrbox.guard import check_model
 from attrbox.hdf5 import Compression, DType, check_storage, plain
-from attrbox.job import Channels, ExportTarget, Job, device_of
+from attrbox.job import Channels, ExportTarget, Job, device_of, of_rows
 from attrbox.journal import Journal
 from attrbox.maps import MapsFile
 from attrbox.memory import MOST_PER_PASS
@@ -34,6 +34,7 @@ from attrbox.methods.base import methods as registry
 from attrbox.models import LoadedModel
 from attrbox.samples import Batch, Picture, Samples, SamplesLike, samples_of
 from attrbox.seeds import check_seeds
+from attrbox.shards import Shard
 from attrbox.targets import Target
 
 _QUEUE = 2  # batches that may wait to be written
@@ -101,6 +102,7 @@ def export(
     retry: bool = False,
     beside: bool = False,
     overwrite: bool = False,
+    shard: Shard | None = None,
     progress: bool = True,
 ) -> Summary:
     """Write the maps of all samples to an HDF5 file (layout: `attrbox.hdf5`); the same call goes on after a kill.
@@ -131,6 +133,8 @@ def export(
         retry: try again the samples that had no map.
         beside: write a method that the file has with other options beside, under a name with its options.
         overwrite: replace an existing file.
+        shard: the share of this process (`attrbox.shards`): it goes to NAME-1-of-8.h5, ..., and the last to finish
+            joins them at `path`. Default: by torch.distributed, if it is initialised, or as torchrun told.
         progress: show a progress bar, if a terminal is there to show it.
 
     Raises:
@@ -153,6 +157,15 @@ def export(
     check_seeds(seed, len(samples))
     if not isinstance(target, str):
         Target(target, len(samples))  # of the right length
+    shard, whole = shard or Shard.current(), path
+    if shard:
+        shard.check(whole)
+        batch_size, path = batch_size or _usual_batch(module), shard.path(whole)
+        rows = shard.rows(len(samples), batch_size)
+        if not isinstance(target, str):
+            target = of_rows(target, len(samples), rows)
+        seed = seed if isinstance(seed, int) else [seed[row] for row in rows]
+        samples = samples.part(rows)
     with Journal(path) as journal, contextlib.ExitStack() as stack:
         growing = _existing(journal, resume, overwrite)
         if growing:
@@ -182,6 +195,8 @@ def export(
             images = _run(job, output, workers or 0, retry, progress)
             flags = output.growing.done if output.growing else {}
             done = {label: int(flags[label].sum()) if label in flags else 0 for label in (*flags, *job.methods)}
+    if shard:
+        shard.join(whole, list(job.methods))
     failed = {samples.ids[row]: reason for reasons in output.failed.values() for row, reason in reasons.items()}
     return Summary(path, len(samples), images, output.maps, done, failed, time.perf_counter() - began)
 

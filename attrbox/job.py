@@ -180,10 +180,7 @@ class Job:
             return known if known.dim() == 1 else classes(known)
         if isinstance(self.target, str):
             return [_class_of(sample.label, self.samples.ids[sample.row]) for sample in batch.samples]
-        checked = Target(self.target, len(self.samples))
-        if checked.indices is None or len(checked.indices) == 1:
-            return self.target
-        return classes(checked.indices[rows]) if checked.many else checked.indices[rows, 0]
+        return of_rows(self.target, len(self.samples), rows)
 
     def _written(
         self,
@@ -277,6 +274,15 @@ def device_of(model: object) -> torch.device:
 def architecture_hash(model: nn.Module) -> str:
     """SHA-256 of how the model prints itself: its modules and their settings, without addresses in memory."""
     return hashlib.sha256(re.sub(r"0x[0-9a-f]+", "", repr(model)).encode()).hexdigest()
+
+
+def of_rows(target: TargetLike, count: int, rows: Sequence[int]) -> TargetLike:
+    """The targets of some of `count` samples."""
+    checked = Target(target, count)
+    if checked.indices is None or len(checked.indices) == 1:
+        return target
+    chosen = checked.indices[list(rows)]
+    return classes(chosen) if checked.many else chosen[:, 0]
 
 
 def _told(target: ExportTarget) -> Any:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSampler, Subset
 
 from attrbox.data import distinct_names, find_images, open_image
 from attrbox.errors import InputError
@@ -112,6 +112,13 @@ class Samples(Dataset[Sample]):
             raise InputError(f"Expected a different id for each sample, got {twice[0]!r} more than once.")
         content = "\0".join([fingerprint, *self.ids])
         self.sha256 = hashlib.sha256(content.encode()).hexdigest()
+
+    def part(self, rows: Sequence[int]) -> "Samples":
+        """Some of the samples, as samples of their own."""
+        names = [self.ids[row] for row in rows]
+        sources = None if self.sources is None else [self.sources[row] for row in rows]
+        items = Subset(self.items, rows)
+        return Samples(items, names, sources, self.preprocess, self.collate, self.picture, f"part of {self.sha256}")
 
     def __len__(self) -> int:
         return self.count

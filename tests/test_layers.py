@@ -43,6 +43,7 @@ LAYERS = [
     ["attrbox.arguments", "attrbox.samples"],
     ["attrbox.growing"],
     ["attrbox.job"],
+    ["attrbox.shards"],
     ["attrbox.export"],
     ["attrbox.config"],
     ["attrbox.experiment", "attrbox.stored"],

@@ -40,6 +40,9 @@ def export(
     retry: Annotated[bool, typer.Option("--retry", help="Try again the samples that had no map.")] = False,
     beside: Annotated[bool, typer.Option("--beside", help="Write a method with other options beside.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
+    shard: Annotated[
+        str | None, typer.Option(metavar="K/N", help="Share K of N, in a file of its own; under torchrun by itself.")
+    ] = None,
     trust: Trust = False,
     as_json: AsJson = False,
 ) -> None:
@@ -73,7 +76,7 @@ def export(
     resolved = load(config, sets, given, trust=trust)
     if images is None and config is None:
         raise typer.BadParameter("give images, a folder of them, or --config FILE")
-    summary = _run(resolved, retry, beside, overwrite)
+    summary = _run(resolved, retry, beside, overwrite, shard)
     if as_json:
         say_json({**dataclasses.asdict(summary), "path": str(summary.path), "complete": summary.complete})
     else:
@@ -82,9 +85,10 @@ def export(
         raise typer.Exit(1)
 
 
-def _run(config: "Config", retry: bool, beside: bool, overwrite: bool) -> "Summary":
+def _run(config: "Config", retry: bool, beside: bool, overwrite: bool, shard: str | None) -> "Summary":
     from attrbox.experiment import model_of, precision_of, samples_for, target_of
     from attrbox.export import export
+    from attrbox.shards import Shard
 
     loaded = model_of(config)
     output = config.output
@@ -106,4 +110,5 @@ def _run(config: "Config", retry: bool, beside: bool, overwrite: bool) -> "Summa
         retry=retry,
         beside=beside,
         overwrite=overwrite,
+        shard=None if shard is None else Shard.parsed(shard),
     )
