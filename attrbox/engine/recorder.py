@@ -18,14 +18,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
+from attrbox.engine.decompositions import Parts, parts_of
 from attrbox.engine.folding import Unfolded
 from attrbox.engine.linear import LinearCalls
 from attrbox.engine.linearity import is_activation, is_decision, is_linear, name_of
-from attrbox.engine.operations import Operation, interpret
+from attrbox.engine.operation import Operation
+from attrbox.engine.operations import interpret
 from attrbox.engine.site import Gradients, Rule, Site
 from attrbox.errors import (
     ForwardError,
@@ -179,6 +182,10 @@ class Recorder(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         operation = interpret(function, args, kwargs)
+        parts = parts_of(function, args, kwargs) if operation is None else None
+        if parts is not None and not self.needs.keys().isdisjoint(parts.kinds):
+            with self:  # its parts come here one by one
+                return parts.run(*args, **kwargs)
         if operation is not None and operation.kind in self.needs:
             result = self._keep(operation) if self._reference else self._make_site(operation)
         else:
@@ -186,7 +193,7 @@ class Recorder(TorchFunctionMode):
             if result is None:
                 result = function(*args, **kwargs)
             if not self._reference:
-                self._note(operation, function, args, kwargs, result)
+                self._note(operation or parts, function, args, kwargs, result)
         if is_activation(result) and name_of(function) in _CONVOLUTIONS:
             self.convolutions.append(len(self.sites))
         if None in self.layers:
@@ -195,7 +202,9 @@ class Recorder(TorchFunctionMode):
 
     def _site(self, operation: Operation) -> Site:
         module, call = self._modules[-1]
-        site = Site(len(self.sites), operation.kind, module, call, operation.pure, operation.pull, operation.options)
+        shapes = tuple(i.shape for i in operation.inputs)
+        index, kind = len(self.sites), operation.kind
+        site = Site(index, kind, module, call, operation.pure, operation.pull, operation.options, shapes)
         self.sites.append(site)
         return site
 
@@ -239,15 +248,17 @@ class Recorder(TorchFunctionMode):
     def _watch(self, site: Site, *tensors: Tensor) -> None:
         self._versions.extend((site.index, tensor, tensor._version) for tensor in tensors)
 
-    def _note(self, operation: Operation | None, function: Any, args: Any, kwargs: Any, result: Any) -> None:
+    def _note(self, known: Operation | Parts | None, function: Any, args: Any, kwargs: Any, result: Any) -> None:
         """Remember an operation that no rule touches, if it is not linear."""
-        if operation is not None:
-            self.passed.append(Operated(operation.kind, *self._modules[-1]))
+        if known is not None:
+            self.passed.append(Operated(known.kind, *self._modules[-1]))
             return
         first = result[0] if isinstance(result, tuple | list) and result else result
         if is_activation(first):
             if is_linear(function, args, kwargs):
                 return
+            if self.needs and function in (F.batch_norm, torch.batch_norm):
+                raise _batch_statistics(self.running)
         elif not (isinstance(first, Tensor) and is_decision(function) and args and is_activation(args[0])):
             return
         self.unknown.append(Operated(name_of(function), *self._modules[-1]))
@@ -360,6 +371,14 @@ def checkpointed() -> UnsupportedModelError:
     return UnsupportedModelError(
         "The model uses activation checkpointing, which runs parts of it again in the backward pass, where no rule "
         "sees them. Switch it off for explaining."
+    )
+
+
+def _batch_statistics(module: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"The batch-norm in {module or 'the model'!r} takes its statistics from the batch, so each image's score "
+        "depends on its batch mates, and no propagation rule is defined. Let it use running statistics "
+        "(track_running_stats=True, training=False); saliency and other plain-gradient methods run on it as it is."
     )
 
 

@@ -50,14 +50,7 @@ class Tape:
         Raises:
             ModelError: the model takes another path on the reference than on the images.
         """
-        copies: frozenset[int] = frozenset()
-        while True:
-            recorder = Recorder(self.model, self._needs, (), copies, reference=True)
-            with torch.enable_grad():  # as for the images: what requires a gradient is an activation
-                output = forward(self.model, reference.detach().clone().requires_grad_(), recorder)
-            if not (stale := recorder.stale()):
-                break
-            copies |= stale
+        recorder, output = self._forward_reference(reference)
         there, here = Operated.listed(recorder.sites), Operated.listed(self.sites)
         if there != here:
             first = next(
@@ -69,7 +62,20 @@ class Tape:
                 "its input, so differences from this reference are not defined. Choose a baseline that takes the same "
                 "path, or a method without one."
             )
+        if len(reference) == 1 and not all(map(_broadcasts, self.sites, recorder.kept)):
+            # The model lays the batch and another axis together, such as windows: one reference for each image.
+            recorder, output = self._forward_reference(reference.expand(len(self.images), *reference.shape[1:]))
         return Reference(tuple(recorder.kept), unwrap(output).detach())
+
+    def _forward_reference(self, reference: Tensor) -> tuple[Recorder, Any]:
+        copies: frozenset[int] = frozenset()
+        while True:
+            recorder = Recorder(self.model, self._needs, (), copies, reference=True)
+            with torch.enable_grad():  # as for the images: what requires a gradient is an activation
+                output = forward(self.model, reference.detach().clone().requires_grad_(), recorder)
+            if not (stale := recorder.stale()):
+                return recorder, output
+            copies |= stale
 
     def replay(
         self,
@@ -186,6 +192,14 @@ def check_visible(model: nn.Module) -> None:
             f"{where.capitalize()} is {state}, so its single operations cannot be seen and no propagation rule "
             f"would reach them. {remedy}; saliency, integrated_gradients and the SmoothGrad family run on it as it is."
         )
+
+
+def _broadcasts(site: Site, reference: tuple[Tensor, ...] | None) -> bool:
+    """Whether what a reference left at a site stands for all images: its axes are the same, or 1."""
+    return reference is None or all(
+        there.dim() == len(here) and all(size in (1, wanted) for size, wanted in zip(there.shape, here, strict=True))
+        for there, here in zip(reference, site.shapes, strict=True)
+    )
 
 
 def _needs(rules: Collection[Rule]) -> dict[str, frozenset[str]]:
