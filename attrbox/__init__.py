@@ -22,6 +22,7 @@ from attrbox.methods import (  # registers the methods
     path,
     propagation,
     random,
+    relevance,
     rise,
     smask,
 )
@@ -50,7 +51,7 @@ try:
 except PackageNotFoundError:  # run from a source tree that is not installed
     __version__ = "0"
 
-del cam, gradient, kernel_shap, learned, lime, mask, noise, occlusion, path, propagation, random, rise, smask
+del cam, gradient, kernel_shap, learned, lime, mask, noise, occlusion, path, propagation, random, relevance, rise, smask
 del version, PackageNotFoundError
 del axioms, complexity, curves, localization, road, robustness, sanity
 

@@ -14,7 +14,7 @@ import contextlib
 import threading
 from collections import Counter
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,11 +25,12 @@ from torch.overrides import TorchFunctionMode
 
 from attrbox.engine.decompositions import Parts, parts_of
 from attrbox.engine.folding import Unfolded
+from attrbox.engine.layers import layer_of, with_batch_norm
 from attrbox.engine.linear import LinearCalls
 from attrbox.engine.linearity import is_activation, is_decision, is_linear, name_of
 from attrbox.engine.operation import Operation
 from attrbox.engine.operations import interpret
-from attrbox.engine.site import Gradients, Rule, Site
+from attrbox.engine.site import LAYERS, Gradients, Rule, Site
 from attrbox.errors import (
     ForwardError,
     ModelError,
@@ -161,6 +162,8 @@ class Recorder(TorchFunctionMode):
         self.kept: list[tuple[Tensor, ...] | None] = []  # inputs at the sites, in a reference recording
         self.convolutions: list[int] = []  # how many sites there were before each convolution
         self._linear = LinearCalls() if twice else None
+        self._treats_layers = not LAYERS.isdisjoint(needs)
+        self._last_layer: tuple[Site, Operation, Tensor] | None = None
         self._copies = copies
         self._reference = reference
         self._versions: list[tuple[int, Tensor, int]] = []  # what must not be written over: site, tensor, version
@@ -186,8 +189,13 @@ class Recorder(TorchFunctionMode):
         if parts is not None and not self.needs.keys().isdisjoint(parts.kinds):
             with self:  # its parts come here one by one
                 return parts.run(*args, **kwargs)
+        layer = layer_of(function, args, kwargs) if operation is None and self._treats_layers else None
         if operation is not None and operation.kind in self.needs:
             result = self._keep(operation) if self._reference else self._make_site(operation)
+        elif layer is not None and layer.kind in self.needs:
+            result = self._make_layer(layer)
+        elif (joined := self._with_batch_norm(function, args, kwargs)) is not None:
+            result = joined
         else:
             result = self._linear.run(function, args, kwargs) if self._linear else None
             if result is None:
@@ -211,7 +219,9 @@ class Recorder(TorchFunctionMode):
     def _make_site(self, operation: Operation) -> Any:
         if _is_checkpointing():
             raise checkpointed()
-        site = self._site(operation)
+        return self._run_site(self._site(operation), operation)
+
+    def _run_site(self, site: Site, operation: Operation) -> Any:
         needs = set(self.needs[operation.kind])
         if "input" not in needs:  # from the input everything else can be computed again
             needs.add(operation.pulls_from if operation.pull else "input")
@@ -230,6 +240,26 @@ class Recorder(TorchFunctionMode):
         if "input" in needs and not copies:
             self._watch(site, *inputs)
         return result
+
+    def _make_layer(self, layer: Operation) -> Any:
+        layer.options["first"] = not any(site.kind in LAYERS for site in self.sites)
+        result = self._keep(layer) if self._reference else self._make_site(layer)
+        self._last_layer = (self.sites[-1], layer, result)
+        return result
+
+    def _with_batch_norm(self, function: Any, args: Any, kwargs: Any) -> Any:
+        """The result of a batch-norm behind a layer, whose site it joins."""
+        if self._last_layer is None or self._reference:
+            return None
+        site, layer, output = self._last_layer
+        joined = with_batch_norm(layer, output, function, args, kwargs)
+        if joined is None:
+            return None
+        joined.options["first"] = layer.options["first"]
+        self._last_layer = None
+        site = replace(site, function=joined.pure, options=joined.options)
+        self.sites[site.index] = site
+        return self._run_site(site, joined)
 
     def _keep(self, operation: Operation) -> Any:
         """Run an operation of a reference pass and keep its inputs, if a rule compares with them."""

@@ -31,6 +31,8 @@ GATES = frozenset({"sigmoid", "hardsigmoid"})  # between 0 and 1: a factor made 
 REDUCTIONS = frozenset("softmax log_softmax logsumexp max_pool norm vector_norm".split())
 PAIRS = frozenset("product quotient matmul maximum".split())
 KINDS = ELEMENTWISE | REDUCTIONS | PAIRS
+# Linear: the true gradient is what most rules mean there. A rule that names these kinds treats their weights.
+LAYERS = frozenset({"convolution", "linear"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +49,8 @@ class Site:
             of a max-pool, `gates` of a product (for each factor, whether a sigmoid made it), `bounds` of functions
             that cut their input off: (0, inf) for ReLU, (0, 6) for ReLU6; `size` (neighbouring elements that are
             normed together), `weight`, `centred` and `eps` of a norm; whether a quotient's numerator is `constant`;
-            the `sign` of a maximum, -1 for a minimum.
+            the `sign` of a maximum, -1 for a minimum; `weight`, `bias` and `apply` (input, weight, bias -> output) of a
+            layer, whether it is the `first` one of the model, and whether its input is known to be `nonnegative`.
         shapes: of the inputs.
 
     The tensors below have the batch first. They are kept only if some rule of the recording `needs` them; reading
@@ -210,6 +213,10 @@ class Rule(ABC):
     @abstractmethod
     def propagate(self, site: Site, grad_output: Tensor) -> Gradients:
         """Gradient with respect to the site's input, of its shape; a pair for a product (any broadcast shape)."""
+
+    def relevance(self, gradient: Tensor, images: Tensor) -> Tensor:
+        """What a method that multiplies by the input makes of the propagated gradient."""
+        return gradient * images
 
     @property
     def uses_reference(self) -> bool:
