@@ -24,6 +24,7 @@ from attrbox.methods import (  # registers the methods
     random,
     relevance,
     rise,
+    rollout,
     smask,
 )
 from attrbox.methods.base import Method, methods, option, register_method
@@ -51,7 +52,23 @@ try:
 except PackageNotFoundError:  # run from a source tree that is not installed
     __version__ = "0"
 
-del cam, gradient, kernel_shap, learned, lime, mask, noise, occlusion, path, propagation, random, relevance, rise, smask
+del (
+    cam,
+    gradient,
+    kernel_shap,
+    learned,
+    lime,
+    mask,
+    noise,
+    occlusion,
+    path,
+    propagation,
+    random,
+    relevance,
+    rise,
+    rollout,
+    smask,
+)
 del version, PackageNotFoundError
 del axioms, complexity, curves, localization, road, robustness, sanity
 

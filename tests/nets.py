@@ -318,7 +318,7 @@ def _vit() -> nn.Module:
 
 
 def _swin(**options: object) -> nn.Module:
-    return torchvision.models.SwinTransformer([2, 2], 8, [2, 2], [2, 2], [4, 4], num_classes=4, **options)
+    return torchvision.models.SwinTransformer([2, 2], 12, [2, 2], [2, 2], [4, 4], num_classes=4, **options)
 
 
 def _swin_v2() -> nn.Module:

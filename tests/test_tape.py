@@ -331,7 +331,7 @@ def test_control_flow_that_depends_on_the_input():
 @pytest.mark.parametrize(
     "middle", [lambda x: x.detach(), lambda x: torch.ones_like(x), lambda x: torch.tensor(x.detach().numpy())]
 )
-@pytest.mark.parametrize("method", [n for n in attrbox.list_methods() if not attrbox.methods[n].required])
+@pytest.mark.parametrize("method", [n for n in attrbox.list_methods() if attrbox.methods[n].for_all])
 def test_output_that_does_not_depend_on_the_images(middle, method):
     if not attrbox.methods[method].create({}).needs_gradients:
         pytest.skip("asks the model for no gradient")

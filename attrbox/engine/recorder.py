@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 from attrbox.engine.decompositions import Parts, parts_of
 from attrbox.engine.folding import Unfolded
+from attrbox.engine.grids import CONVOLUTIONS, Follower, Grid
 from attrbox.engine.layers import layer_of, with_batch_norm
 from attrbox.engine.linear import LinearCalls
 from attrbox.engine.linearity import is_activation, is_decision, is_linear, name_of
@@ -43,7 +44,6 @@ from attrbox.memory import is_out_of_memory
 from attrbox.shapes import Operated
 from attrbox.targets import unwrap
 
-_CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d"})
 _OWN_FUNCTIONS = frozenset({"_SiteFunctionBackward", "LinearMapFunctionBackward"})
 
 
@@ -149,6 +149,7 @@ class Recorder(TorchFunctionMode):
         copies: frozenset[int],
         reference: bool = False,
         twice: bool = False,
+        count: int = 1,
     ) -> None:
         super().__init__()
         self.model = model
@@ -158,6 +159,9 @@ class Recorder(TorchFunctionMode):
         self.unknown: list[Operated] = []
         self.needs = needs
         self.feature_maps: dict[str | None, Tensor] = {}
+        self.grids: dict[str | None, Grid] = {}
+        self._follower = Follower(count) if layers else None
+        self._inside = 0  # of functions that are run part by part
         self.replaying = Replaying()
         self.kept: list[tuple[Tensor, ...] | None] = []  # inputs at the sites, in a reference recording
         self.convolutions: list[int] = []  # how many sites there were before each convolution
@@ -187,8 +191,12 @@ class Recorder(TorchFunctionMode):
         operation = interpret(function, args, kwargs)
         parts = parts_of(function, args, kwargs) if operation is None else None
         if parts is not None and not self.needs.keys().isdisjoint(parts.kinds):
+            self._inside += 1
             with self:  # its parts come here one by one
-                return parts.run(*args, **kwargs)
+                result = parts.run(*args, **kwargs)
+            self._inside -= 1
+            self._follow(function, result)
+            return result
         layer = layer_of(function, args, kwargs) if operation is None and self._treats_layers else None
         if operation is not None and operation.kind in self.needs:
             result = self._keep(operation) if self._reference else self._make_site(operation)
@@ -202,11 +210,15 @@ class Recorder(TorchFunctionMode):
                 result = function(*args, **kwargs)
             if not self._reference:
                 self._note(operation or parts, function, args, kwargs, result)
-        if is_activation(result) and name_of(function) in _CONVOLUTIONS:
+        if is_activation(result) and name_of(function) in CONVOLUTIONS:
             self.convolutions.append(len(self.sites))
-        if None in self.layers:
-            self._follow(function, result)
+        self._follow(function, result)
         return result
+
+    def _follow(self, function: Any, result: Any) -> None:
+        first = result[0] if isinstance(result, tuple) and result else result
+        if self._follower is not None and not self._inside and is_activation(first):
+            self._follower.see(name_of(function), first)
 
     def _site(self, operation: Operation) -> Site:
         module, call = self._modules[-1]
@@ -293,24 +305,15 @@ class Recorder(TorchFunctionMode):
             return
         self.unknown.append(Operated(name_of(function), *self._modules[-1]))
 
-    def _follow(self, function: Any, result: Any) -> None:
-        """Keep the last feature map: the last convolution's output, through all that leaves its grid as it is."""
-        if not (is_activation(result) and result.dim() >= 3):
-            return
-        name, last = name_of(function), self.feature_maps.get(None)
-        grid = result.shape[2:]
-        if name in _CONVOLUTIONS:
-            if max(grid) > 1:
-                self.feature_maps[None] = result
-        elif last is not None and "pool" not in name and grid == last.shape[2:]:
-            self.feature_maps[None] = result
-
     def finish(self, output: Any) -> None:
         """After the forward pass: what went past the function mode, and layers that did not run.
 
         Raises:
             OptionError: a wanted layer does not exist, did not run, or has no feature map.
         """
+        last = self._follower.last if self._follower is not None else None
+        if None in self.layers and last is not None:
+            self.feature_maps[None], self.grids[None] = last
         for layer in self.layers:
             if layer in self.feature_maps:
                 continue
@@ -362,7 +365,9 @@ class Recorder(TorchFunctionMode):
                 )
                 raise OptionError(f"The layer {name!r} must return a feature map [N, C, ...], but returns {what}.")
             if is_activation(output):
+                assert self._follower is not None
                 self.feature_maps[name] = output
+                self.grids[name] = self._follower.grid_of(output) or Grid(tuple(output.shape[2:]))
                 # The model goes on with a copy: an in-place ReLU behind a convolution must not change the map.
                 return output.clone()
         return None

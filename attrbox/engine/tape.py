@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
+from attrbox.engine.grids import Grid
 from attrbox.engine.recorder import Recorder, Reference, Replaying, checkpointed, forward
 from attrbox.engine.site import Rule, Site
 from attrbox.errors import (
@@ -29,7 +30,8 @@ class Tape:
         passed: operations of the table that no rule of the recording covers: native, with their true derivative.
         unknown: non-linear operations that are not in the table, native too.
         convolutions: how many sites were recorded before each convolution, in order of execution.
-        feature_maps: layer name (or None: the last spatial feature map) -> its output, [n, C, ...].
+        feature_maps: layer name (or None: the last spatial feature map) -> its output.
+        grids: the same names -> where in these outputs the pixels are.
     """
 
     def __init__(self, model: nn.Module, images: Tensor, output: Any, recorder: "Recorder | None") -> None:
@@ -41,6 +43,7 @@ class Tape:
         self.unknown: tuple[Operated, ...] = tuple(recorder.unknown) if recorder else ()
         self.convolutions: tuple[int, ...] = tuple(recorder.convolutions) if recorder else ()
         self.feature_maps: dict[str | None, Tensor] = recorder.feature_maps if recorder else {}
+        self.grids: dict[str | None, Grid] = recorder.grids if recorder else {}
         self._needs = recorder.needs if recorder else {}
         self._replaying = recorder.replaying if recorder else Replaying()
 
@@ -163,7 +166,7 @@ def record(
     needs = _needs(asking)
     copies: frozenset[int] = frozenset()
     while True:
-        recorder = Recorder(model, needs, layers, copies, twice=twice)
+        recorder = Recorder(model, needs, layers, copies, twice=twice, count=len(images))
         output = forward(model, leaf.clone(), recorder)
         if not (stale := recorder.stale()):
             break

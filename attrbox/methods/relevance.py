@@ -123,6 +123,7 @@ class _Audited(Rule):
 @dataclass(frozen=True, kw_only=True)
 class _Relevance(Method):
     audit: bool = option(False, _AUDIT)
+    stabiliser: float = option(1e-6, "what keeps the denominators of all rules but epsilon from 0")
 
     def __post_init__(self) -> None:
         check_flag("audit", self.audit)
@@ -159,7 +160,7 @@ class LRP(_Relevance):
     places: Places = option((), "pairs (first, convolution, linear, any or module name; rule); else epsilon")
 
     def rule(self) -> Composite:
-        return Composite(self.places)
+        return Composite(self.places, self.stabiliser)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +172,7 @@ class _EpsilonAtLinear(_Relevance):
         raise NotImplementedError
 
     def rule(self) -> Composite:
-        return Composite((*self.convolutions(), ("linear", Epsilon(self.epsilon))))
+        return Composite((*self.convolutions(), ("linear", Epsilon(self.epsilon))), self.stabiliser)
 
 
 @register_method(
@@ -239,7 +240,7 @@ class DeepTaylor(_Relevance):
 
     def rule(self) -> Composite:
         first = ZBox(self.low, self.high) if self.first == "z_box" else WSquare()
-        return Composite((("first", first), ("any", ExcitationBackprop())))
+        return Composite((("first", first), ("any", ExcitationBackprop())), self.stabiliser)
 
     def attribute(self, run: Run) -> Tensor:
         values = super().attribute(run)
@@ -262,7 +263,7 @@ class Excitation(_Relevance):
     """The relevance of a score of 1, without its contrast to other classes."""
 
     def rule(self) -> Composite:
-        return Composite((("any", ExcitationBackprop()),))
+        return Composite((("any", ExcitationBackprop()),), self.stabiliser)
 
     def attribute(self, run: Run) -> Tensor:
         values = super().attribute(run)
@@ -292,4 +293,5 @@ class AttnLRP(_Relevance):
         if not (self.gamma_convolution or self.gamma_linear):
             return LRPEpsilon(self.epsilon)  # the same where layers are followed by activations, and faster
         gammas = (("convolution", self.gamma_convolution), ("linear", self.gamma_linear))
-        return Composite(tuple((kind, Gamma(gamma) if gamma else Epsilon(self.epsilon)) for kind, gamma in gammas))
+        places = tuple((kind, Gamma(gamma) if gamma else Epsilon(self.epsilon)) for kind, gamma in gammas)
+        return Composite(places, self.stabiliser)
