@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from attrbox import errors
 from attrbox.compare import Comparison, compare, explain, list_methods
+from attrbox.doctor import Diagnosis, doctor
 from attrbox.engine.site import Rule, Site
 from attrbox.evaluate import evaluate
 from attrbox.methods import (  # registers the methods
@@ -76,6 +77,7 @@ __all__ = [
     "Attribution",
     "Comparison",
     "Coverage",
+    "Diagnosis",
     "Evaluation",
     "Measurement",
     "Method",
@@ -89,6 +91,7 @@ __all__ = [
     "Views",
     "classes",
     "compare",
+    "doctor",
     "errors",
     "evaluate",
     "explain",

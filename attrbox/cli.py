@@ -1,4 +1,4 @@
-"""The command: `attrbox demo | methods | explain | compare`.
+"""The command: `attrbox demo | methods | explain | compare | doctor`.
 
 What users get wrong is told in one line, with exit status 2. What takes long to import is imported where it is needed.
 """
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from attrbox.doctor_command import doctor
 from attrbox.errors import AttrboxError, FileError
 from attrbox.memory import keep_pages
 
@@ -200,6 +201,9 @@ def methods(
             f"{spec.name}: {spec.summary}\nReference: {spec.reference}\nAliases: {', '.join(spec.aliases) or '-'}\n"
         )
         _print_table(["Option", "Default", "Meaning"], [[o.name, repr(o.default), o.help] for o in spec.options])
+
+
+app.command()(doctor)
 
 
 def main() -> None:

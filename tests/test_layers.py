@@ -35,6 +35,7 @@ LAYERS = [
     ["attrbox.methods"],
     ["attrbox.plots", "attrbox.hdf5"],
     ["attrbox.compare"],
+    ["attrbox.doctor"],
     ["attrbox.metrics.statistics", "attrbox.metrics.study"],
     ["attrbox.metrics.base"],
     ["attrbox.metrics.scores", "attrbox.metrics.sources"],
@@ -45,6 +46,7 @@ LAYERS = [
     ["attrbox.evaluate"],
     ["attrbox.data", "attrbox.models"],
     ["attrbox.arguments"],
+    ["attrbox.doctor_command"],
     ["attrbox.cli"],
     ["attrbox.__main__"],
 ]

@@ -9,7 +9,7 @@ from torch.autograd.graph import GradientEdge
 
 from attrbox.engine.grids import Grid
 from attrbox.engine.recorder import Recorder, Reference, Replaying, checkpointed, forward
-from attrbox.engine.site import Rule, Site
+from attrbox.engine.site import LAYERS, Rule, Site
 from attrbox.errors import (
     ModelError,
     NoGradientError,
@@ -128,7 +128,7 @@ class Tape:
         kinds = rule.kinds if rule else frozenset()
         return Coverage(
             tuple(operated for operated in treated if operated.operation in kinds),
-            tuple(operated for operated in treated if operated.operation not in kinds) + self.passed,
+            tuple(operated for operated in treated if operated.operation not in kinds | LAYERS) + self.passed,
             self.unknown,
         )
 
