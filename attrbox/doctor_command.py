@@ -29,7 +29,7 @@ def doctor(
     place = parse_device(device)
     loaded = load_model(model, weights=weights, seed=seed).to(place)
     dtype = torch.float32 if place.type == "mps" else torch.float64  # which has no float64
-    side = int(size or getattr(loaded.preprocess, "crop", 224))
+    side: int = size if size is not None else getattr(loaded.preprocess, "crop", 224)
     generator = torch.Generator().manual_seed(seed)
     image = torch.randn(1, 3, side, side, generator=generator, dtype=torch.float64).to(place, dtype)
     typer.echo(diagnose(loaded.model.to(dtype), image).table())

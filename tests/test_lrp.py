@@ -12,6 +12,7 @@ import attrbox
 from attrbox.engine.tape import record
 from attrbox.errors import OptionError
 from attrbox.rules.composites import Composite
+from attrbox.rules.lrp import LRPEpsilon
 from attrbox.rules.lrp_layers import (
     AlphaBeta,
     Epsilon,
@@ -296,6 +297,30 @@ def test_a_convolution_used_past_its_batch_norm_passes_relevance_on_both_ways():
     for method in ("lrp", "epsilon_plus", "epsilon_alpha2_beta1", "excitation_backprop", "attn_lrp"):
         got, expected = (attrbox.explain(model, x, method, target=1).values for model in (one, two))
         torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_an_activation_between_a_convolution_and_its_batch_norm_is_not_skipped(in_place):
+    class Between(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm, self.head = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 3)
+
+        def forward(self, x):
+            y = self.conv(x)
+            y = F.relu(y, inplace=True) if in_place else F.relu(y)
+            return self.head(self.norm(y).mean((2, 3)))
+
+    model, x = seeded(Between), images(2, 3, 6, 6)
+    values = attrbox.explain(model, x, "epsilon_plus", target=1, audit=True)
+    kinds = [site.operation for site in values.details["conservation"].sites]
+    assert kinds == ["convolution", "relu", "linear"]
+    leaf = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(model(leaf)[:, 1].sum(), leaf)
+    tape = record(model.requires_grad_(False), x, [Composite()])
+    torch.testing.assert_close(tape.replay(tape.output[:, 1], [tape.images])[0], gradient)
+    tape = record(model, x, [LRPEpsilon()], twice=True)  # convolutions and batch-norms in one step
+    torch.testing.assert_close(tape.replay(tape.output[:, 1], [tape.images])[0], gradient)
 
 
 def test_composites_share_a_recording_with_other_methods():

@@ -167,7 +167,7 @@ class Recorder(TorchFunctionMode):
         self.convolutions: list[int] = []  # how many sites there were before each convolution
         self._linear = LinearCalls() if twice else None
         self._treats_layers = not LAYERS.isdisjoint(needs)
-        self._last_layer: tuple[Site, Operation, Tensor] | None = None
+        self._last_layer: tuple[Site, Operation, Tensor, int] | None = None  # with its output, and its version
         self._copies = copies
         self._reference = reference
         self._versions: list[tuple[int, Tensor, int]] = []  # what must not be written over: site, tensor, version
@@ -256,16 +256,16 @@ class Recorder(TorchFunctionMode):
     def _make_layer(self, layer: Operation) -> Any:
         layer.options["first"] = not any(site.kind in LAYERS for site in self.sites)
         result = self._keep(layer) if self._reference else self._make_site(layer)
-        self._last_layer = (self.sites[-1], layer, result)
+        self._last_layer = (self.sites[-1], layer, result, result._version)
         return result
 
     def _with_batch_norm(self, function: Any, args: Any, kwargs: Any) -> Any:
         """The result of a batch-norm behind a layer, whose site it joins."""
         if self._last_layer is None or self._reference:
             return None
-        site, layer, output = self._last_layer
+        site, layer, output, version = self._last_layer
         joined = with_batch_norm(layer, output, function, args, kwargs)
-        if joined is None:
+        if joined is None or output._version != version:  # written over in between
             return None
         joined.options["first"] = layer.options["first"]
         self._last_layer = None
