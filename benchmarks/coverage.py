@@ -102,7 +102,7 @@ def peers() -> dict[str, Callable[[nn.Module, Tensor], Tensor]]:
     return found
 
 
-def peer_cell(model: nn.Module, x: Tensor, run: Callable[[nn.Module, Tensor], Tensor]) -> tuple[str, str]:
+def peer_cell(model: nn.Module, x: Tensor, method: str, run: Callable[[nn.Module, Tensor], Tensor]) -> tuple[str, str]:
     """(verdict, reason) of a peer's method: runs, raises, or gives the plain gradient or its product with the input."""
     plain = attrbox.explain(model, x, "saliency", absolute=False, target=TARGET).values
     with warnings.catch_warnings():
@@ -112,7 +112,8 @@ def peer_cell(model: nn.Module, x: Tensor, run: Callable[[nn.Module, Tensor], Te
         except Exception as error:  # whatever a peer may raise is what is asked for
             return "raises", f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
     for name, gradient in (("the plain gradient", plain), ("input x gradient", plain * x)):
-        if (values - gradient).abs().max() <= 1e-6 * gradient.abs().max():
+        # With a small epsilon LRP is input x gradient on ReLU networks, as it should be.
+        if not method.endswith("LRP") and (values - gradient).abs().max() <= 1e-6 * gradient.abs().max():
             return "falls back", f"is {name}, without a word"
     return ("runs", "") if values.isfinite().all() else ("runs", "not finite")
 
@@ -127,7 +128,7 @@ def cells(name: str, done: set[tuple[str, str]], dtype: torch.dtype) -> Iterator
     model, x = build(name, dtype)
     for method in wanted:
         start = time.perf_counter()
-        verdict, reason = peer_cell(model, x, others[method]) if method in others else cell(model, x, method)
+        verdict, reason = peer_cell(model, x, method, others[method]) if method in others else cell(model, x, method)
         seconds = round(time.perf_counter() - start, 2)
         yield {"model": name, "method": method, "verdict": verdict, "reason": reason, "seconds": seconds}
 

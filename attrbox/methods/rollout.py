@@ -56,10 +56,10 @@ class _Rollout(Upsampled):
         tokens = prefix + torch.Size(grid.size).numel()
         layers = [rule.found[index] for index in sorted(rule.found)]
         if not layers or not all(_is_global(layer[0][0], count, tokens) for layer in layers):
+            what = f"not all of its {len(layers)} softmaxes are that (windows, ...)" if layers else "it has no softmax"
             raise OptionError(
-                f"Attention rollout needs attention among all {tokens} tokens in every layer, but "
-                + (f"some of {len(layers)} softmaxes are" if layers else "the model has no softmax that is")
-                + " not such (attention within windows, a softmax of scores, ...). Use grad_cam, attn_lrp or deeplift."
+                f"Attention rollout needs a model with attention among all {tokens} tokens in every layer, but {what}. "
+                "Use grad_cam, attn_lrp or deeplift."
             )
         maps = []
         for k in range(targets):
