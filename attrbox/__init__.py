@@ -7,9 +7,13 @@ result = attrbox.compare(model, images, ["saliency", "lrp_epsilon", ("integrated
 from importlib.metadata import PackageNotFoundError, version
 
 from attrbox import errors
+from attrbox.collect import merge, split, verify
 from attrbox.compare import Comparison, compare, explain, list_methods
+from attrbox.doctor import Diagnosis, doctor
 from attrbox.engine.site import Rule, Site
 from attrbox.evaluate import evaluate
+from attrbox.export import export, recompute
+from attrbox.maps import MapsFile, open_maps
 from attrbox.methods import (  # registers the methods
     cam,
     gradient,
@@ -23,7 +27,9 @@ from attrbox.methods import (  # registers the methods
     path,
     propagation,
     random,
+    relevance,
     rise,
+    rollout,
     smask,
 )
 from attrbox.methods.base import Method, methods, option, register_method
@@ -64,7 +70,9 @@ del (
     path,
     propagation,
     random,
+    relevance,
     rise,
+    rollout,
     smask,
 )
 del version, PackageNotFoundError
@@ -74,7 +82,9 @@ __all__ = [
     "Attribution",
     "Comparison",
     "Coverage",
+    "Diagnosis",
     "Evaluation",
+    "MapsFile",
     "Measurement",
     "Method",
     "Metric",
@@ -87,18 +97,25 @@ __all__ = [
     "Views",
     "classes",
     "compare",
+    "doctor",
     "errors",
     "evaluate",
     "explain",
+    "export",
     "list_methods",
     "list_metrics",
+    "merge",
     "methods",
     "metrics",
+    "open_maps",
     "option",
+    "recompute",
     "register_method",
     "register_metric",
     "register_rule",
     "roar",
     "rules",
+    "split",
     "top",
+    "verify",
 ]

@@ -34,7 +34,7 @@ def parse_methods(texts: list[str]) -> list[tuple[str, dict[str, Any]]]:
         if not name or "=" in name or not all(key.strip() and value.strip() for key, _, value in pairs):
             raise OptionError(f"Expected methods as NAME,NAME:OPTION=VALUE,OPTION=VALUE, got {entry!r} in {texts}.")
         if entry == "all":
-            parsed.extend((known, {}) for known in registry if not registry[known].required)
+            parsed.extend((known, {}) for known in registry if registry[known].for_all)
         else:
             parsed.append((name, {key.strip(): _literal(value.strip()) for key, _, value in pairs}))
     return parsed

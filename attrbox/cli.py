@@ -1,9 +1,8 @@
-"""The command: `attrbox demo | methods | explain | compare`.
+"""The command: `attrbox demo | methods | explain | compare | export | inspect | evaluate | report | doctor | configs`.
 
 What users get wrong is told in one line, with exit status 2. What takes long to import is imported where it is needed.
 """
 
-import enum
 import json
 import re
 import sys
@@ -11,9 +10,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
-from attrbox.errors import AttrboxError, FileError
+from attrbox.commands.configs import configs
+from attrbox.commands.doctor import doctor
+from attrbox.commands.evaluate import evaluate
+from attrbox.commands.export import export
+from attrbox.commands.inspect import inspect
+from attrbox.commands.options import (
+    AsJson,
+    BatchSize,
+    Device,
+    Group,
+    Methods,
+    Model,
+    Paths,
+    Precision,
+    PrecisionOption,
+    Seed,
+    Target,
+    Weights,
+)
+from attrbox.commands.report import report
+from attrbox.errors import FileError
 from attrbox.memory import keep_pages
 
 if TYPE_CHECKING:
@@ -28,25 +46,14 @@ DEFAULT_METHODS = [
     "saliency,gradient_x_input,guided_backprop,deeplift,lrp_epsilon,integrated_gradients,smoothgrad,grad_cam"
 ]
 DEMO_METHODS = [
-    "saliency,gradient_x_input,guided_backprop,deconvnet,deeplift,lrp_epsilon,integrated_gradients,smoothgrad,"
-    "squared_smoothgrad,vargrad,grad_cam,guided_grad_cam,occlusion:window=32,stride=16,learned:fast=True,"
+    "saliency,gradient_x_input,guided_backprop,deconvnet,deeplift,lrp_epsilon,epsilon_plus,excitation_backprop,"
+    "integrated_gradients,smoothgrad,squared_smoothgrad,vargrad,grad_cam,layer_cam,guided_grad_cam,occlusion:window=32,stride=16,learned:fast=True,"
     "learned_clean:fast=True,random"
 ]
 
 
-class _Group(TyperGroup):
-    """Commands whose mistakes are told in one line."""
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except AttrboxError as error:
-            typer.echo(f"attrbox: {' '.join(str(error).split())}", err=True)
-            raise typer.Exit(2) from None
-
-
 app = typer.Typer(
-    cls=_Group,
+    cls=Group,
     help="Attribution maps for PyTorch image classifiers: one engine, every method, side by side.",
     no_args_is_help=True,
     add_completion=False,
@@ -55,36 +62,7 @@ app = typer.Typer(
 )
 
 
-class Precision(enum.StrEnum):
-    """Arithmetic of the passes through the model."""
-
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
-
-
-Paths = Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Image files, or folders of them.")]
-Model = Annotated[
-    str, typer.Option("--model", help="torchvision:NAME, package.module:factory, or efficientnet_lite0 (extra demo).")
-]
-Weights = Annotated[
-    str | None,
-    typer.Option(help="A file with a state dictionary; for torchvision also DEFAULT (downloaded) or none (random)."),
-]
-Methods = Annotated[
-    list[str],
-    typer.Option(
-        "--methods", "--method", "-m", help="NAME[:OPTION=VALUE,...], separated by commas, also repeated; or all."
-    ),
-]
-Target = Annotated[
-    str, typer.Option(help="The class to explain: number, name, one per image separated by commas, or argmax.")
-]
 Out = Annotated[Path, typer.Option(help="Folder for the results; files that are there are replaced.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, ...")]
-Seed = Annotated[int, typer.Option(help="For methods that draw numbers, and for random weights.")]
-BatchSize = Annotated[int | None, typer.Option(help="Images per pass; by memory if not given.")]
-PrecisionOption = Annotated[Precision, typer.Option("--precision", help="Automatic mixed precision below float32.")]
 
 
 @app.command()
@@ -96,7 +74,7 @@ def demo(
     batch_size: BatchSize = None,
     precision: PrecisionOption = Precision.FLOAT32,
 ) -> None:
-    """Fifteen methods side by side: a real ImageNet classifier on real photographs.
+    """Many methods side by side: a real ImageNet classifier on real photographs.
 
     Writes comparison.png, maps.h5 and table.md. Needs the extra `demo`, and no download.
 
@@ -180,7 +158,7 @@ def explain(
 @app.command()
 def methods(
     name: Annotated[str | None, typer.Argument(help="A method, to see its options.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """The methods; with a name, that method's options and their defaults.
 
@@ -200,6 +178,10 @@ def methods(
             f"{spec.name}: {spec.summary}\nReference: {spec.reference}\nAliases: {', '.join(spec.aliases) or '-'}\n"
         )
         _print_table(["Option", "Default", "Meaning"], [[o.name, repr(o.default), o.help] for o in spec.options])
+
+
+for command in (export, inspect, evaluate, report, doctor, configs):
+    app.command()(command)
 
 
 def main() -> None:

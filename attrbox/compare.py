@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from attrbox.errors import InputError, OptionError
+from attrbox.errors import InputError, OptionError, UnsupportedModelError
 from attrbox.guard import check_model, untouched
 from attrbox.hdf5 import write_maps
 from attrbox.memory import backing_off, images_per_pass
@@ -45,6 +45,7 @@ def explain(
     precision: torch.dtype | None = None,
     channels_last: bool = True,
     progress: bool = True,
+    strict: bool = False,
     **options: Any,
 ) -> Attribution:
     """Attribution maps of one method.
@@ -63,6 +64,8 @@ def explain(
         channels_last: run many-pass methods on [N, C, H, W] images in this memory format, which is faster; results
             differ by rounding.
         progress: show a progress bar on long work, if a terminal is there to show it.
+        strict: refuse the model where the method leaves an operation to the true derivative because the engine does not
+            understand it, instead of naming it in the coverage.
         **options: the method's own (`attrbox.methods[method].options`).
 
     Returns:
@@ -73,7 +76,7 @@ def explain(
     """
     spec = registry[method]
     chosen = {spec.name: (spec, spec.create(options))}
-    call = _Call(target, seed, batch_size, precision, channels_last, progress)
+    call = _Call(target, seed, batch_size, precision, channels_last, progress, strict)
     return _run(model, images, chosen, call)[spec.name]
 
 
@@ -88,11 +91,12 @@ def compare(
     precision: torch.dtype | None = None,
     channels_last: bool = True,
     progress: bool = True,
+    strict: bool = False,
 ) -> "Comparison":
     """Attribution maps of several methods that share their passes through the model.
 
     Args:
-        model, images, target, seed, batch_size, precision, channels_last, progress: as for `explain`.
+        model, images, target, seed, batch_size, precision, channels_last, progress, strict: as for `explain`.
         methods: names, or pairs of a name and its options. A name that comes twice is told apart by its
             options, as in "integrated_gradients(steps=100)".
 
@@ -103,7 +107,7 @@ def compare(
         AttrboxError: see `attrbox.errors`; nothing is changed then either.
     """
     chosen = choose(registry, methods)
-    return _run(model, images, chosen, _Call(target, seed, batch_size, precision, channels_last, progress))
+    return _run(model, images, chosen, _Call(target, seed, batch_size, precision, channels_last, progress, strict))
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,6 +185,7 @@ class _Call:
     precision: torch.dtype | None
     channels_last: bool
     progress: bool
+    strict: bool
 
     def __post_init__(self) -> None:
         if self.precision not in (None, torch.bfloat16, torch.float16):
@@ -224,7 +229,7 @@ def _run(given: object, images: Tensor, chosen: _Chosen, call: _Call) -> Compari
             def work(size: int, start: int = start) -> _Chunk:
                 rows = slice(start, min(start + size, count))
                 run = Run(model, images[rows], settings, rows, size, rules, layers, replays > 1, asked)
-                return _explain_chunk(run, chosen, order, bar)
+                return _explain_chunk(run, chosen, order, bar, call.strict)
 
             chunk, size = backing_off(size, work)
             chunks.append(chunk)
@@ -279,7 +284,7 @@ class _Chunk:
     details: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
-def _explain_chunk(run: Run, chosen: _Chosen, order: list[str], bar: Any) -> _Chunk:
+def _explain_chunk(run: Run, chosen: _Chosen, order: list[str], bar: Any, strict: bool) -> _Chunk:
     """All methods on one chunk."""
     clock = _Clock(run.images.device)
     scores = run.scores
@@ -302,10 +307,21 @@ def _explain_chunk(run: Run, chosen: _Chosen, order: list[str], bar: Any) -> _Ch
         chunk.details[label] = run.told()
         chunk.expected[label] = method.expected(run)
         chunk.coverage[label] = method.coverage(run)
+        if strict and chunk.coverage[label].unknown:
+            raise _not_understood(label, chunk.coverage[label])
         chunk.seconds[label] = clock.lap()
         done += method.passes_on(run.images) * len(scores)
         bar.update(done - bar.n)
     return chunk
+
+
+def _not_understood(label: str, coverage: Coverage) -> UnsupportedModelError:
+    names = ", ".join(dict.fromkeys(str(operated) for operated in coverage.unknown))
+    return UnsupportedModelError(
+        f"The model has non-linear operations that the engine does not understand, so {label!r} would take their true "
+        f"derivative: {names}. Write them with operations that it knows (attrbox doctor lists them), choose a method "
+        "without rules, or accept the true derivative with strict=False."
+    )
 
 
 def _collect(

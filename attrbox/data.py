@@ -58,7 +58,7 @@ def load_images(paths: Iterable[str | Path] | str | Path, preprocess: Callable[[
             f"Expected the preprocessing to make tensors of one shape, got {sorted(shapes)}. Let it resize and crop to "
             "a fixed size."
         )
-    return Images(torch.stack(tensors), _distinct(files), files)
+    return Images(torch.stack(tensors), distinct_names(files), files)
 
 
 def find_images(paths: Iterable[str | Path]) -> list[Path]:
@@ -130,7 +130,7 @@ def _as_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _distinct(files: list[Path]) -> list[str]:
+def distinct_names(files: list[Path]) -> list[str]:
     """Short names that differ: "cat", or "left/cat" and "right/cat", or "cat.jpg" and "cat.png"."""
     stems = [file.with_suffix("") for file in files]
     names = {stem: stem.name for stem in stems}

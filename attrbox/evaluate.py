@@ -66,8 +66,8 @@ def evaluate(
         model: what was explained, or another model that is to be measured on the same maps; run in evaluation mode and
             left as it was. None, if no metric asks for one.
         images: what was explained, [N, C, H, W]; also [N, D], [N, C, L], [N, C, D, H, W].
-        maps: a `Comparison`, an HDF5 file of maps that is open for reading (`h5py.File`), or a mapping from names to
-            maps [N, H, W], [N, 1, H, W] or [N, C, H, W].
+        maps: a `Comparison`, a file of maps that is open for reading (`attrbox.open_maps`, or `h5py.File`), or a
+            mapping from names to maps [N, H, W], [N, 1, H, W] or [N, C, H, W].
         metrics: names of `list_metrics()`, or pairs of a name and options. A name that comes twice is told apart by its
             options, as in "morf(fill=blur)".
         target: the explained class, one or for each image, or a function. Default: what the maps say, else each image's

@@ -39,3 +39,13 @@ def whole_file(path: str | Path, overwrite: bool = True) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             part.unlink()
+
+
+def settle(folder: Path) -> None:
+    """Make durable which files a folder has, where the system can do that."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -7,8 +7,20 @@
     /samples/seed                [N], if each sample has its own; one seed for all is an attribute of each map
     /samples/relative_gap/LABEL  [N] or [N, K], for methods whose maps should sum to something
     /samples/done/LABEL          bool [N]
+    /samples/checksum/LABEL      CRC-32 of each map's bytes as they are stored (little-endian), [N]
     / (attributes)               schema, created (UTC), versions of attrbox, torch, h5py and python; where known,
                                  model, weights_sha256, config
+
+and, in files of `attrbox.export`, which are written over hours and may be cut off,
+
+    /samples/failed/LABEL        text [N]: why a sample has no map; empty if it has one, or if nobody has tried
+    /samples/pixels_sha256       text [N]: of what the model saw
+    /samples/photograph          [N] pictures for the eye, each the bytes of a JPEG or PNG file
+    /classes                     text [classes], their names where known
+    / (attributes)               export: what the maps depend on beside the methods (JSON), compared on resuming;
+                                 resumed: when and by which versions the file was continued (JSON)
+
+Where nothing is known of a sample, whole numbers are -1, others NaN, texts empty.
 
 `write_maps` writes a file in one go. It is made of `write_header`, `create_datasets` and `write_samples`, which work on
 an open file, batch by batch if need be. Text that HDF5 cannot hold (NUL, lone surrogates) is written as a backslash
@@ -18,6 +30,7 @@ escape, `\\x00`; a label is percent-encoded where HDF5 would take it for a path 
 import hashlib
 import json
 import platform
+import zlib
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -47,6 +60,7 @@ _FILTERS: dict[str | None, dict[str, Any]] = {
     None: {},
 }
 _TEXT = h5py.string_dtype()
+_EMPTY: dict[str, Any] = {"i": -1, "f": np.nan}  # what stands where nothing is known, by kind
 
 
 def write_maps(
@@ -54,7 +68,7 @@ def write_maps(
     attributions: Mapping[str, Attribution],
     *,
     predictions: Tensor | None = None,
-    labels: Tensor | Sequence[int] | Sequence[str] | None = None,
+    labels: Tensor | Sequence[int | float] | Sequence[str] | None = None,
     ids: Sequence[str] | None = None,
     sources: Sequence[str] | None = None,
     descriptions: Mapping[str, Mapping[str, str]] | None = None,
@@ -105,7 +119,7 @@ def write_maps(
             dtype=dtype,
             compression=compression,
         )
-        write_samples(file, 0, attributions, columns)
+        write_samples(file, range(len(columns["id"])), attributions, columns)
     return Path(path)
 
 
@@ -113,7 +127,7 @@ def sample_columns(
     attributions: Mapping[str, Attribution],
     *,
     predictions: Tensor | None = None,
-    labels: Tensor | Sequence[int] | Sequence[str] | None = None,
+    labels: Tensor | Sequence[int | float] | Sequence[str] | None = None,
     ids: Sequence[str] | None = None,
     sources: Sequence[str] | None = None,
     seed: int | Sequence[int] | None = None,
@@ -142,22 +156,24 @@ def write_header(
     file: h5py.File, *, model_name: str | None = None, weights_sha256: str | None = None, config: str | None = None
 ) -> None:
     """Write the root attributes; arguments as for `write_maps`."""
+    file.attrs["schema"] = SCHEMA
+    texts = {**origin(), "model": model_name, "weights_sha256": weights_sha256, "config": config}
+    file.attrs.update({name: storable(text) for name, text in texts.items() if text is not None})
+
+
+def origin() -> dict[str, str]:
+    """When something is created (UTC), and by which versions."""
     try:
         own = version("attrbox")
     except PackageNotFoundError:  # run from a source tree that is not installed
         own = "0"
-    file.attrs["schema"] = SCHEMA
-    texts = {
+    return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "attrbox": own,
         "torch": torch.__version__,
         "h5py": h5py.__version__,
         "python": platform.python_version(),
-        "model": model_name,
-        "weights_sha256": weights_sha256,
-        "config": config,
     }
-    file.attrs.update({name: _storable(text) for name, text in texts.items() if text is not None})
 
 
 def create_datasets(
@@ -171,10 +187,10 @@ def create_datasets(
     dtype: DType = "float32",
     compression: Compression | None = "gzip",
 ) -> None:
-    """Make room for `count` samples, none of which is done.
+    """Make room for `count` samples, none of which is done. Columns that are there already stay.
 
     Args:
-        file: open for writing, without datasets.
+        file: open for writing, without maps of these labels.
         count: samples that the file will hold.
         attributions: the maps of some of them; shapes and attributes are taken from these.
         columns: the same samples' `sample_columns`.
@@ -183,12 +199,9 @@ def create_datasets(
     Raises:
         OptionError: an unknown dtype or compression, or a seed beyond 64 bits.
     """
-    if dtype not in _DTYPES:
-        raise OptionError(f"Expected dtype to be one of {', '.join(map(repr, _DTYPES))}, got {dtype!r}.")
-    if compression not in _FILTERS:
-        raise OptionError(f"Expected compression to be 'gzip', 'lzf' or None, got {compression!r}.")
-    maps = file.create_group("maps", track_order=True)
-    samples = file.create_group("samples")
+    check_storage(dtype, compression)
+    maps = file["maps"] if "maps" in file else file.create_group("maps", track_order=True)
+    samples = file.require_group("samples")
     for label, attribution in attributions.items():
         name = dataset_name(label)
         chunk = (1,) * attribution.score.dim() + tuple(attribution.values.shape[attribution.score.dim() :])
@@ -198,35 +211,74 @@ def create_datasets(
         if isinstance(seed, int):
             dataset.attrs["seed"] = _seeds([seed])[0]
         samples.create_dataset(f"done/{name}", (count,), bool)
+        samples.create_dataset(f"checksum/{name}", (count,), "uint32")
         if attribution.relative_gap is not None:
             gap = attribution.relative_gap
             samples.create_dataset(f"relative_gap/{name}", (count, *gap.shape[1:]), "float64", fillvalue=np.nan)
     for name, values in columns.items():
-        samples.create_dataset(name, (count, *values.shape[1:]), _TEXT if values.dtype == object else values.dtype)
+        if name not in samples:
+            dtype_, empty = (_TEXT, None) if values.dtype == object else (values.dtype, _EMPTY.get(values.dtype.kind))
+            samples.create_dataset(name, (count, *values.shape[1:]), dtype_, fillvalue=empty)
 
 
-def write_samples(file: h5py.File, start: int, attributions: Mapping[str, Attribution], columns: Columns) -> None:
+def write_samples(
+    file: h5py.File, rows: Sequence[int], attributions: Mapping[str, Attribution], columns: Columns
+) -> None:
     """Write some samples into a file that `create_datasets` prepared, and mark them as done.
 
     Args:
         file: open for writing.
-        start: the first sample's place.
+        rows: the samples' places, ascending.
         attributions: their maps.
         columns: their `sample_columns`.
 
     Raises:
         InputError: the maps do not fit the file's dtype.
     """
-    rows = slice(start, start + len(columns["id"]))
+    if not rows:
+        return
+    samples = file["samples"]
+    places = slice(rows[0], rows[-1] + 1) if rows[-1] - rows[0] + 1 == len(rows) else list(rows)
     for name, values in columns.items():
-        file["samples"][name][rows] = values
+        samples[name][places] = values
     for label, attribution in attributions.items():
         name = dataset_name(label)
         dataset = file["maps"][name]
-        dataset[rows] = _as_dtype(label, attribution, dataset.dtype.name)
+        values = _as_dtype(label, attribution, dataset.dtype.name)
+        for row, value in zip(rows, values, strict=True):
+            dataset[row] = value
+        samples["checksum"][name][places] = np.array([checksum(value) for value in values], np.uint32)
         if attribution.relative_gap is not None:
-            file["samples/relative_gap"][name][rows] = _array(attribution.relative_gap)
-        file["samples/done"][name][rows] = True  # last: what is marked is there
+            samples["relative_gap"][name][places] = _array(attribution.relative_gap)
+        samples["done"][name][places] = True  # last: what is marked is there
+
+
+def check_storage(dtype: str, compression: str | None) -> None:
+    """Refuse what `write_maps` does not know.
+
+    Raises:
+        OptionError: an unknown dtype or compression.
+    """
+    if dtype not in _DTYPES:
+        raise OptionError(f"Expected dtype to be one of {', '.join(map(repr, _DTYPES))}, got {dtype!r}.")
+    if compression not in _FILTERS:
+        raise OptionError(f"Expected compression to be 'gzip', 'lzf' or None, got {compression!r}.")
+
+
+def checksum(values: NDArray[Any]) -> int:
+    """CRC-32 of a map's bytes, little-endian."""
+    return zlib.crc32(np.ascontiguousarray(values, values.dtype.newbyteorder("<")).data)
+
+
+def flaws(attribution: Attribution, dtype: str) -> dict[int, str]:
+    """The samples whose maps should not be stored as `dtype`, and why: they are not finite, or would be lost."""
+    flat = attribution.values.detach().flatten(1)
+    finite = flat.isfinite().all(1)
+    found = {int(row): "the map has NaN or infinite values" for row in (~finite).nonzero().flatten()}
+    if dtype == "float16":
+        lost = _lost_by_half(attribution).reshape(len(flat), -1).any(1)
+        found |= {int(row): "the map does not fit float16; use float32" for row in (lost & finite).nonzero().flatten()}
+    return found
 
 
 def dataset_name(label: str) -> str:
@@ -237,7 +289,7 @@ def dataset_name(label: str) -> str:
     """
     if not label:
         raise InputError("Expected a label for each method's maps, got an empty one. Give it a name.")
-    return _storable("%2E" if label == "." else label.replace("%", "%25").replace("/", "%2F"))
+    return storable("%2E" if label == "." else label.replace("%", "%25").replace("/", "%2F"))
 
 
 def weights_hash(model: nn.Module) -> str:
@@ -255,7 +307,7 @@ def weights_hash(model: nn.Module) -> str:
         if value.is_meta or nn.parameter.is_lazy(value):
             raise ModelError(f"Expected weights with data, but {name!r} has none. Load or initialise the model first.")
         digest.update(f"{name}\0{value.dtype}\0{tuple(value.shape)}\0".encode())
-        digest.update(_bytes(value))
+        digest.update(tensor_bytes(value))
     return digest.hexdigest()
 
 
@@ -292,7 +344,7 @@ def _column(name: str, values: Any, count: int) -> NDArray[Any]:
     if array.shape[:1] != (count,):
         raise InputError(f"Expected one {name} for each of the {count} samples, got an array of {list(array.shape)}.")
     if array.dtype.kind == "U" and array.ndim == 1:
-        return np.array([_storable(str(text)) for text in values], dtype=object)
+        return np.array([storable(str(text)) for text in values], dtype=object)
     if array.dtype.kind not in "iufb":
         raise InputError(f"Expected each sample's {name} to be a number or a text, got an array of {array.dtype}.")
     return array
@@ -313,57 +365,69 @@ def _seeds(seeds: Sequence[int]) -> NDArray[Any]:
 
 
 def _as_dtype(label: str, attribution: Attribution, dtype: str) -> NDArray[Any]:
-    """The maps as they are stored, unless half precision would lose them.
+    """The maps as they are stored, unless half precision would lose them."""
+    values = attribution.values.detach()
+    if dtype == "float16" and bool(_lost_by_half(attribution).any()):
+        limits = torch.finfo(torch.float16)
+        size = _size(attribution)
+        raise InputError(
+            f"The maps of {label!r} do not fit float16: largest values from {size.min():.1e} to {size.max():.1e}, "
+            f"expected {limits.tiny:.1e} to {limits.max:.1e}. Use dtype='float32'."
+        )
+    return np.asarray(values.cpu().to(_DTYPES[dtype]))
+
+
+def _lost_by_half(attribution: Attribution) -> Tensor:
+    """Which maps half precision cannot hold, [N] or [N, K].
 
     Numbers below the smallest normal one, 2^-14, are spaced evenly. As long as a map's largest value is above, the
     others are rounded as finely as that one; a map that lies below altogether would lose its digits, or vanish.
     """
+    limits = torch.finfo(torch.float16)
+    size = _size(attribution)
+    return ((size > 0) & (size < limits.tiny)) | (size > limits.max)
+
+
+def _size(attribution: Attribution) -> Tensor:
+    """The largest absolute value of each map, [N] or [N, K]."""
     values = attribution.values.detach()
-    if dtype == "float16":
-        limits = torch.finfo(torch.float16)
-        size = values.abs().flatten(attribution.score.dim()).nan_to_num(nan=0, posinf=0).amax(-1)
-        if bool(((size > 0) & (size < limits.tiny)).any()) or bool((size > limits.max).any()):
-            raise InputError(
-                f"The maps of {label!r} do not fit float16: largest values from {size.min():.1e} to {size.max():.1e}, "
-                f"expected {limits.tiny:.1e} to {limits.max:.1e}. Use dtype='float32'."
-            )
-    return np.asarray(values.cpu().to(_DTYPES[dtype]))
+    return values.abs().flatten(attribution.score.dim()).nan_to_num(nan=0, posinf=0).amax(-1)
 
 
 def _attributes(label: str, attribution: Attribution, description: Mapping[str, str]) -> dict[str, str]:
     texts = {
         "label": label,
         "method": attribution.method,
-        "options": json.dumps(_plain(attribution.options), ensure_ascii=False),
+        "options": json.dumps(plain(attribution.options), ensure_ascii=False),
         "units": attribution.units,
         "reduction": attribution.reduction,
         "coverage": str(attribution.coverage),
         **description,
     }
-    return {_storable(name): _storable(str(text)) for name, text in texts.items()}
+    return {storable(name): storable(str(text)) for name, text in texts.items()}
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """A stand-in that JSON can hold: tensors by shape, dtype and SHA-256, functions by name."""
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float):
         return value if np.isfinite(value) else str(value)
     if isinstance(value, Mapping):
-        return {str(key): _plain(entry) for key, entry in value.items()}
+        return {str(key): plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
+        return [plain(entry) for entry in value]
     if isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "biufc":
         value = torch.from_numpy(np.array(value))
     if isinstance(value, Tensor):
         name = str(value.dtype).removeprefix("torch.")
-        return {"shape": list(value.shape), "dtype": name, "sha256": hashlib.sha256(_bytes(value)).hexdigest()}
+        return {"shape": list(value.shape), "dtype": name, "sha256": hashlib.sha256(tensor_bytes(value)).hexdigest()}
     if callable(value) and hasattr(value, "__qualname__"):
         return f"{value.__module__}.{value.__qualname__}"
     return repr(value)
 
 
-def _bytes(tensor: Tensor) -> memoryview:
+def tensor_bytes(tensor: Tensor) -> memoryview:
     """The numbers of a tensor, byte by byte, in the order of its indices."""
     tensor = tensor.detach().cpu()
     if tensor.is_quantized:
@@ -374,6 +438,6 @@ def _bytes(tensor: Tensor) -> memoryview:
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
-def _storable(text: str) -> str:
+def storable(text: str) -> str:
     """The text with what HDF5 cannot hold, NUL and lone surrogates, as backslash escapes."""
     return text.replace("\0", "\\x00").encode("utf-8", "backslashreplace").decode("utf-8")

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import Tensor, nn
 
 
@@ -304,6 +305,45 @@ SMALL: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "vectors": (vector_net, (7,)),
     "sequences": (sequence_net, (3, 16)),
     "volumes": (volume_net, (2, 6, 6, 6)),
+}
+
+# ---------------------------------------------------------------------------------------------------- transformers
+
+
+def _vit() -> nn.Module:
+    model = torchvision.models.VisionTransformer(16, 4, 2, 2, 12, 24, num_classes=4)
+    nn.init.normal_(model.heads.head.weight)  # torchvision starts it at 0
+    nn.init.normal_(model.class_token)
+    return model
+
+
+def _swin(**options: object) -> nn.Module:
+    return torchvision.models.SwinTransformer([2, 2], 12, [2, 2], [2, 2], [4, 4], num_classes=4, **options)
+
+
+def _swin_v2() -> nn.Module:
+    swin = torchvision.models.swin_transformer
+    return _swin(block=swin.SwinTransformerBlockV2, downsample_layer=swin.PatchMergingV2)
+
+
+def _maxvit() -> nn.Module:
+    return torchvision.models.MaxVit((16, 16), 8, 2, [8, 16], [1, 1], 4, 0.0, num_classes=4)
+
+
+def _convnext() -> nn.Module:
+    setting = torchvision.models.convnext.CNBlockConfig
+    return torchvision.models.ConvNeXt(
+        [setting(8, 16, 1), setting(16, None, 1)], stochastic_depth_prob=0.0, layer_scale=0.5, num_classes=4
+    )
+
+
+# Small versions of torchvision's transformers, and ConvNeXt; [N, 3, 16, 16] -> 4 scores.
+TRANSFORMERS: dict[str, Callable[[], nn.Module]] = {
+    "vit": lambda: seeded(_vit),
+    "swin": lambda: seeded(_swin),
+    "swin_v2": lambda: seeded(_swin_v2),
+    "maxvit": lambda: calibrate(seeded(_maxvit), 16),
+    "convnext": lambda: seeded(_convnext),
 }
 
 # Options with which every method is quick on small images. Logits where a probability is the default: they can be

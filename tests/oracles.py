@@ -26,6 +26,19 @@ RECTIFIERS = (
     "mish",
 )
 SQUASHERS = ("sigmoid", "tanh", "hardsigmoid", "hardtanh")
+FUNCTIONS = (
+    "abs",
+    "exp",
+    "log",
+    "power",
+    "erf",
+    "sin",
+    "cos",
+    "logsigmoid",
+    "softshrink",
+    "hardshrink",
+    "threshold",
+)
 
 _SIXTH = torch.tensor(1 / 6, dtype=torch.float32).item()  # torch's derivative of hardsigmoid, also in float64
 _SELU_ALPHA, _SELU_SCALE = 1.6732632423543772, 1.0507009873554805
@@ -98,6 +111,22 @@ SCALARS: dict[str, tuple[Callable[[float], float], Callable[[float], float]]] = 
     "hardsigmoid": (lambda v: min(max(v + 3, 0.0), 6.0) / 6, lambda v: _SIXTH if -3 < v < 3 else 0.0),
     "sigmoid": (_sigmoid, lambda v: _sigmoid(v) * (1 - _sigmoid(v))),
     "tanh": (math.tanh, lambda v: 1 - math.tanh(v) ** 2),
+    "abs": (abs, lambda v: math.copysign(1.0, v)),
+    "exp": (math.exp, math.exp),
+    "exp, base 2": (lambda v: 2.0**v, lambda v: 2.0**v * math.log(2)),
+    "log": (math.log, lambda v: 1 / v),
+    "power, square": (lambda v: v * v, lambda v: 2 * v),
+    "power, cube": (lambda v: v**3, lambda v: 3 * v * v),
+    "power, root": (math.sqrt, lambda v: 0.5 / math.sqrt(v)),
+    "power, inverse root": (lambda v: 1 / math.sqrt(v), lambda v: -0.5 * v**-1.5),
+    "power, reciprocal": (lambda v: 1 / v, lambda v: -1 / (v * v)),
+    "erf": (math.erf, lambda v: 2 / math.sqrt(math.pi) * math.exp(-v * v)),
+    "sin": (math.sin, math.cos),
+    "cos": (math.cos, lambda v: -math.sin(v)),
+    "logsigmoid": (lambda v: -_softplus(-v), lambda v: _sigmoid(-v)),
+    "softshrink": (lambda v: math.copysign(max(abs(v) - 0.5, 0.0), v), lambda v: 1.0 if abs(v) > 0.5 else 0.0),
+    "hardshrink": (lambda v: v if abs(v) > 0.5 else 0.0, lambda v: 1.0 if abs(v) > 0.5 else 0.0),
+    "threshold": (lambda v: v if v > 0.5 else -1.0, lambda v: 1.0 if v > 0.5 else 0.0),
 }
 
 
@@ -173,6 +202,100 @@ def product(rule: str, gates: tuple[bool, bool], a, b, a0, b0, upstream: Tensor)
         to_a[in_a] += g * first
         to_b[in_b] += g * second
     return to_a, to_b
+
+
+def _places(shape: tuple[int, ...]):
+    return itertools.product(*(range(size) for size in shape))
+
+
+def quotient(rule: str, a, b, a0, b0, upstream: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients that pass to numerator and denominator, of one shape, entry by entry."""
+    to_a, to_b = torch.zeros_like(a), torch.zeros_like(b)
+    for place in _places(upstream.shape):
+        x, y, x0, y0, g = (float(t[place]) for t in (a, b, a0, b0, upstream))
+        first, second = 1 / y, -x / y**2
+        if rule == "deeplift" and y * y0 > 0:  # x = q y, so dx = dq (y + y0) / 2 + dy (q + q0) / 2
+            first = 1 / ((y + y0) / 2)
+            second = -first * (x / y + x0 / y0) / 2
+        elif rule == "deeplift":  # the product with the reciprocal
+            first = (1 / y + 1 / y0) / 2
+            second = (x + x0) / 2 * (1 / y - 1 / y0) / (y - y0)
+        if rule == "lrp_epsilon":
+            second = 0.0
+        to_a[place], to_b[place] = g * first, g * second
+    return to_a, to_b
+
+
+def matmul(rule: str, a, b, a0, b0, upstream: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients that pass to the factors of a matrix product [m, k] [k, n], entry by entry."""
+    to_a, to_b = torch.zeros_like(a), torch.zeros_like(b)
+    for i, j, k in itertools.product(range(len(a)), range(b.shape[1]), range(len(b))):
+        first, second = float(b[k, j]), float(a[i, k])
+        if rule == "deeplift":
+            first, second = (first + float(b0[k, j])) / 2, (second + float(a0[i, k])) / 2
+        share = 0.5 if rule == "lrp_epsilon" else 1.0
+        to_a[i, k] += share * float(upstream[i, j]) * first
+        to_b[k, j] += share * float(upstream[i, j]) * second
+    return to_a, to_b
+
+
+def maximum(rule: str, sign: int, a, b, a0, b0, upstream: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients that pass to both, for max (sign 1) or min (-1), of one shape, entry by entry."""
+    to_a, to_b = torch.zeros_like(a), torch.zeros_like(b)
+    for place in _places(upstream.shape):
+        x, y, x0, y0, g = (float(t[place]) for t in (a, b, a0, b0, upstream))
+        lead, lead0 = sign * (x - y), sign * (x0 - y0)
+        share = 1.0 if lead > 0 else 0.0
+        if rule == "deeplift":
+            share = (max(lead, 0.0) - max(lead0, 0.0)) / (lead - lead0)
+        to_a[place], to_b[place] = g * share, g * (1 - share)
+    return to_a, to_b
+
+
+# ----------------------------------------------------------------------------------------------- along an axis, norms
+
+
+def log_softmax(rule: str, z: Tensor, z0: Tensor, upstream: Tensor) -> Tensor:
+    """The gradient that passes a log-softmax of one line of numbers: that of each x_i, less that of the level."""
+    g = upstream.tolist()
+    return upstream - sum(g) * logsumexp(rule, z, z0)
+
+
+def logsumexp(rule: str, z: Tensor, z0: Tensor) -> Tensor:
+    """The multipliers of log sum exp of one line of numbers."""
+    x, x0 = z.tolist(), z0.tolist()
+    total, total0 = (math.fsum(math.exp(v) for v in line) for line in (x, x0))
+    if rule != "deeplift":
+        return z.new_tensor([math.exp(v) / total for v in x])
+    slope = (math.log(total) - math.log(total0)) / (total - total0)
+    return z.new_tensor([slope * (math.exp(v) - math.exp(w)) / (v - w) for v, w in zip(x, x0, strict=True)])
+
+
+def vector_norm(rule: str, z: Tensor, z0: Tensor) -> Tensor:
+    """The multipliers of the length of one line of numbers."""
+    x, x0 = z.tolist(), z0.tolist()
+    length, length0 = math.hypot(*x), math.hypot(*x0)
+    if rule != "deeplift":
+        return z.new_tensor([v / length for v in x])
+    return z.new_tensor([(v + w) / (length + length0) for v, w in zip(x, x0, strict=True)])
+
+
+def norm(rule: str, centred: bool, eps: float, z: Tensor, z0: Tensor, upstream: Tensor) -> Tensor:
+    """The gradient that passes a norm of one line of numbers, without its weight and bias: a full matrix."""
+    n = len(z)
+    lines = [z.tolist(), z0.tolist()]
+    centres = [[v - (sum(line) / n if centred else 0.0) for v in line] for line in lines]
+    deviations = [math.sqrt(sum(v * v for v in line) / n + eps) for line in centres]
+    (c, c0), (s, s0) = centres, deviations
+    if rule != "deeplift":
+        c0, s0 = c, s
+    matrix = torch.zeros(n, n, dtype=z.dtype)  # of dy_i in dc_j
+    for i, j in itertools.product(range(n), range(n)):
+        ratio = (c[i] / s + c0[i] / s0) / 2
+        deviation = (c[j] + c0[j]) / n / (s + s0)  # of ds in dc_j
+        matrix[i, j] = ((i == j) - (0.0 if rule == "lrp_epsilon" else ratio * deviation)) / ((s + s0) / 2)
+    passed = upstream @ matrix
+    return passed - passed.mean() if centred else passed
 
 
 # ------------------------------------------------------------------------------------------------------- max-pools

@@ -12,13 +12,15 @@ from torch import Tensor, nn
 import attrbox
 from attrbox.errors import AttrboxError, ForwardError, TargetError
 
-# What needs an option (learned_transfer) cannot run like this; see test_learned.py.
-METHODS = [name for name in attrbox.list_methods() if not attrbox.methods[name].required]
+# What needs an option (learned_transfer) or certain models (the rollouts) cannot run like this; see test_learned.py,
+# test_transformers.py.
+METHODS = [name for name in attrbox.list_methods() if attrbox.methods[name].for_all]
 LEARNED = {"learned", "learned_rank", "learned_clean"}
-CAM = {"grad_cam", "guided_grad_cam"}
+CAM = {"grad_cam", "grad_cam_plus_plus", "layer_cam", "guided_grad_cam"}
+COMPOSITES = {"lrp", "epsilon_plus", "epsilon_alpha2_beta1", "epsilon_gamma_box", "deep_taylor", "attn_lrp"}
 OPTIMISED = {"mask", "smask"}
 BLACK_BOX = {"occlusion", "rise", "lime", "kernel_shap"}
-ONE_CHANNEL = {"grad_cam"} | OPTIMISED | BLACK_BOX
+ONE_CHANNEL = CAM - {"guided_grad_cam"} | OPTIMISED | BLACK_BOX
 DRAWN = {"random", "smoothgrad", "squared_smoothgrad", "vargrad", "rise", "lime", "kernel_shap", "mask"} | LEARNED
 
 
@@ -93,6 +95,9 @@ class TestEveryMethod:
             maps = explain(model, X, method, target=lambda out: out[:, 1])
             torch.testing.assert_close(maps.values, explain(model, X, method, target=1).values)
             return
+        if method in ("grad_cam_plus_plus", "excitation_backprop"):  # the one in between, the other not at all
+            assert maps.values.isfinite().all()
+            return
         scale = 4 if method in ("squared_smoothgrad", "vargrad", "guided_grad_cam") else 1 if method == "random" else 2
         torch.testing.assert_close(maps.values, scale * explain(model, X, method, target=1).values)
 
@@ -122,9 +127,11 @@ class TestEveryMethod:
         build, shape = SMALL[name]
         refusals = {
             "no spatial feature map": method in CAM and name == "vectors",
-            "between two convolutions": method in LEARNED and name == "vectors",
-            r"needs images \[N, C, H, W\]": (method in OPTIMISED and name in ("vectors", "sequences", "volumes"))
-            or (method in ("learned_rank", "learned_clean") and name in ("sequences", "volumes")),
+            "between two convolutions": method in LEARNED - {"learned_clean"} and name == "vectors",
+            r"needs images \[N, C, H, W\]": (
+                method in OPTIMISED | {"learned_clean"} and name in ("vectors", "sequences", "volumes")
+            )
+            or (method == "learned_rank" and name in ("sequences", "volumes")),
         }
         if reason := next((reason for reason, holds in refusals.items() if holds), None):
             with pytest.raises(AttrboxError, match=reason):
@@ -252,7 +259,7 @@ def test_gap_and_coverage_are_where_they_should_be(model):
     entries = [(name, FAST.get(name, {})) for name in METHODS]
     result = attrbox.compare(model, X, entries, target=1, progress=False)
     for name in METHODS:
-        promised = name in ("deeplift", "integrated_gradients", "lrp_epsilon")
+        promised = name in {"deeplift", "integrated_gradients", "lrp_epsilon", "excitation_backprop"} | COMPOSITES
         assert (result[name].gap is not None) == promised
     assert result["deeplift"].relative_gap.max() < 1e-12
     assert result["deeplift"].coverage.complete

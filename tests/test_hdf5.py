@@ -89,7 +89,7 @@ def test_samples_come_back(path, values):
 def test_what_is_not_known_is_not_there(path, values):
     write_maps(path, {"one": maps(values, target=None)})
     with h5py.File(path) as file:
-        assert sorted(file["samples"]) == ["done", "id", "score"]
+        assert sorted(file["samples"]) == ["checksum", "done", "id", "score"]
         assert file["samples/id"].asstr()[:].tolist() == ["0", "1", "2", "3"]
         assert not {"model", "weights_sha256", "config"} & set(file.attrs)
 
@@ -396,9 +396,9 @@ def test_batches_make_the_same_file_and_are_marked_as_they_come(path, values):
         write_header(file)
         create_datasets(file, 4, *batch(slice(0, 3)))
         assert not file["samples/done/one"][:].any()
-        write_samples(file, 3, *batch(slice(3, 4)))
+        write_samples(file, [3], *batch(slice(3, 4)))
         assert file["samples/done/one"][:].tolist() == [False, False, False, True]
-        write_samples(file, 0, *batch(slice(0, 3)))
+        write_samples(file, range(3), *batch(slice(0, 3)))
     write_maps(path.with_name("whole.h5"), whole, ids=ids)
     with h5py.File(path) as file, h5py.File(path.with_name("whole.h5")) as other:
         for name in ("maps/one", "maps/two", "samples/id", "samples/target", "samples/score", "samples/done/two"):

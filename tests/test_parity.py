@@ -252,6 +252,46 @@ def test_lrp_epsilon_is_zennits(case, epsilon):
     differs(ours(model, x, "lrp_epsilon", epsilon=epsilon), ours(model, x, "gradient_x_input"), 1e-5)
 
 
+@pytest.fixture(scope="module", params=["VGG-16", "ResNet-18"])
+def canonised(request):
+    """A model, zennit's canonizer of its batch-norms and residual sums, and an image."""
+    canonizers = pytest.importorskip("zennit.torchvision")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        if request.param == "ResNet-18":
+            model, canonizer, side = torchvision.models.resnet18(weights=None), canonizers.ResNetCanonizer, 64
+        else:
+            model, canonizer, side = torchvision.models.vgg16_bn(weights=None), canonizers.VGGCanonizer, 32
+            model.avgpool = nn.Identity()
+            model.classifier = nn.Sequential(nn.Linear(512, 64), nn.ReLU(), nn.Linear(64, 10))
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eps = 1e-12  # zennit leaves merged batch-norms in place, which still divide by sqrt(1 + eps)
+    return calibrate(model, side, samples=4), canonizer, images(1, 3, side, side)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "composite", "peer_options"),
+    [
+        ("epsilon_plus", {}, composites.EpsilonPlus, {}),
+        ("epsilon_alpha2_beta1", {}, composites.EpsilonAlpha2Beta1, {}),
+        ("epsilon_gamma_box", {"low": -4.0, "high": 4.5}, composites.EpsilonGammaBox, {"low": -4.0, "high": 4.5}),
+        ("excitation_backprop", {}, composites.ExcitationBackprop, {"zero_params": "bias"}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_composites_are_zennits_with_its_canonizers(canonised, method, options, composite, peer_options):
+    # zennit stabilises sums and averages too, so the stabilisers are small here. Its excitation backpropagation lets
+    # biases absorb relevance unless told otherwise.
+    model, canonizer, x = canonised
+    given = {key: value if key == "zero_params" else torch.full_like(x, value) for key, value in peer_options.items()}
+    peer = composite(stabilizer=1e-12, canonizers=[canonizer()], **given)
+    whole = method == "excitation_backprop"  # of a relevance of 1, not of the score
+    with quiet(), attribution.Gradient(model, peer) as attributor:
+        _, relevance = attributor(x.clone(), lambda output: one_hot(output) * (1 if whole else output))
+    same(ours(model, x, method, stabiliser=1e-12, **options), relevance.detach())
+
+
 # ------------------------------------------------------------------------------------------- where the peers are wrong
 
 

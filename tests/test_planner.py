@@ -93,7 +93,7 @@ def test_integrated_gradients_needs_its_steps_and_two_scores():
 
 def test_compare_equals_explain():
     model = squeeze_excitation_net()
-    names = [name for name in attrbox.list_methods() if not attrbox.methods[name].required]
+    names = [name for name in attrbox.list_methods() if attrbox.methods[name].for_all]
     together = compare(model, [(name, FAST.get(name, {})) for name in names], target=attrbox.top(2))
     for name in names:
         alone = attrbox.explain(model, X, name, target=attrbox.top(2), progress=False, **FAST.get(name, {}))

@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+import torch
+
 import attrbox
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
@@ -11,10 +13,10 @@ README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 def test_the_code_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.S)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     # The same without a download, on small images, with few steps.
     code = "\n".join(blocks).replace('weights="DEFAULT"', "weights=None").replace("224", "32").replace("100", "3")
-    names: dict[str, object] = {}
+    names: dict[str, object] = {"dataset": torch.randn(20, 3, 32, 32)}
     try:
         exec(code, names)
         assert names["maps"].values.shape == (4, 3, 32, 32)
@@ -22,6 +24,7 @@ def test_the_code_runs(tmp_path, monkeypatch):
         assert (tmp_path / "comparison.png").stat().st_size > 10_000
         assert (tmp_path / "maps.h5").exists()
         assert set(names["scores"]) == {"saliency", "deeplift", "grad_cam", "random", "sobel"}
+        assert names["summary"].complete
         assert names["scores"]["saliency"]["morf"].auc.shape == (4,)
     finally:
         for registry in (attrbox.methods, attrbox.rules):

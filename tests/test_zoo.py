@@ -42,6 +42,20 @@ MANY_PASSES |= {
 }
 
 
+# One more of each family, among them the transformers: name -> side of the images, options.
+FAMILIES = {
+    "alexnet": (64, {}),
+    "convnext_tiny": (32, {}),
+    "googlenet": (64, {"init_weights": False}),
+    "mobilenet_v2": (32, {}),
+    "regnet_y_400mf": (32, {}),
+    "squeezenet1_1": (32, {}),
+    "swin_t": (64, {}),
+    "swin_v2_t": (64, {}),
+    "vit_b_32": (64, {"image_size": 64}),
+}
+
+
 @cache
 def load(name: str, dtype: torch.dtype) -> nn.Module:
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
@@ -104,7 +118,7 @@ class TestZoo:
 @pytest.mark.parametrize("name", ZOO)
 def test_every_method_runs(name):
     model, x = load(name, torch.float32), photographs(name, torch.float32)
-    runnable = [name for name in attrbox.list_methods() if not attrbox.methods[name].required]
+    runnable = [name for name in attrbox.list_methods() if attrbox.methods[name].for_all]
     entries = [(method, MANY_PASSES.get(method, {})) for method in runnable]
     result = attrbox.compare(model, x, entries, progress=False)
     for method, maps in result.items():
@@ -136,3 +150,22 @@ def test_the_last_feature_map_is_the_published_layer(name):
     found = attrbox.explain(model, x, "grad_cam", target=3, relu=False, progress=False).values
     named = attrbox.explain(model, x, "grad_cam", target=3, relu=False, layer=ZOO[name][1], progress=False).values
     torch.testing.assert_close(found, named)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_rules_keep_their_promises_on_every_family(name):
+    side, options = FAMILIES[name]
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(0)
+        model = torchvision.models.get_model(name, weights=None, **options)
+        if name == "vit_b_32":  # torchvision starts its head at 0
+            nn.init.normal_(model.heads.head.weight, std=0.1)
+    model = calibrate(model, side, samples=2)
+    x = images(2, 3, side, side, seed=1)
+    result = attrbox.compare(model, x, ["deeplift", "lrp_epsilon", "guided_backprop"], target=3, progress=False)
+    for maps in result.values():
+        assert maps.values.isfinite().all()
+        assert maps.coverage.complete
+    assert result["deeplift"].relative_gap.max() < 1e-9
+    torch.testing.assert_close(result["deeplift"].score, model(x)[:, 3].detach())

@@ -66,7 +66,8 @@ class LinearCalls:
     """Runs the calls of one recorded forward pass that are linear maps with fixed weights."""
 
     def __init__(self) -> None:
-        self._last: tuple[Tensor, Tensor, LinearMap] | None = None  # output, input and map of the last convolution
+        # Of the last convolution: output, input, map, and the output's version.
+        self._last: tuple[Tensor, Tensor, LinearMap, int] | None = None
 
     def run(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         """The result of a call, recorded as a linear map; None if it is none, or one that is left to autograd."""
@@ -81,7 +82,8 @@ class LinearCalls:
             affine = batch_norm_scale(args, kwargs)
             if affine is None:
                 return None
-            if last is not None and last[0] is x and last[2].scaled:  # from the convolution's input to here in one step
+            unwritten = last is not None and last[0] is x and x._version == last[3]
+            if last is not None and unwritten and last[2].scaled:  # from the convolution's input to here in one step
                 y, x = last[:2]
                 rest = {key: value for key, value in kwargs.items() if key != "input"}
                 return _applied(x, lambda _: function(y.detach(), *args[1:], **rest), last[2].scaled(affine[0]))
@@ -91,7 +93,7 @@ class LinearCalls:
         rest = {key: value for key, value in kwargs.items() if key != "input"}
         result = _applied(x, lambda x: function(x, *args[1:], **rest), found)
         if found.scaled:
-            self._last = (result, x, found)
+            self._last = (result, x, found, result._version)
         return result
 
 

@@ -43,8 +43,8 @@ _LINEAR = frozenset(
 # Linear in one activation if the other arguments are constants: products, quotients, and norms with frozen statistics.
 _LINEAR_IN_ONE = frozenset(
     """
-    mul imul rmul multiply matmul rmatmul imatmul mm bmm mv dot einsum tensordot addmm addcmul baddbmm outer inner
-    div idiv truediv itruediv divide true_divide bilinear lerp kron chain_matmul
+    mul imul rmul multiply matmul rmatmul imatmul mm bmm mv dot einsum tensordot addmm addcmul baddbmm outer
+    div idiv truediv itruediv divide true_divide bilinear lerp kron chain_matmul inner grid_sample grid_sampler
     """.split()
 )
 # Their results carry no gradient, yet the output depends on them: x * (x > 0) is a ReLU that no engine can see.
@@ -82,6 +82,8 @@ def is_linear(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any])
         return not argument(args, kwargs, 2, "training", True)
     if name == "batch_norm":
         return len(activations) == 1 and not argument(args, kwargs, 5, "training", False)
+    if name == "instance_norm":
+        return len(activations) == 1 and not argument(args, kwargs, 5, "use_input_stats", True)
     return False
 
 

@@ -14,19 +14,24 @@ import contextlib
 import threading
 from collections import Counter
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
+from attrbox.engine.decompositions import Parts, parts_of
 from attrbox.engine.folding import Unfolded
+from attrbox.engine.grids import CONVOLUTIONS, Follower, Grid
+from attrbox.engine.layers import layer_of, with_batch_norm
 from attrbox.engine.linear import LinearCalls
 from attrbox.engine.linearity import is_activation, is_decision, is_linear, name_of
-from attrbox.engine.operations import Operation, interpret
-from attrbox.engine.site import Gradients, Rule, Site
+from attrbox.engine.operation import Operation
+from attrbox.engine.operations import interpret
+from attrbox.engine.site import LAYERS, Gradients, Rule, Site
 from attrbox.errors import (
     ForwardError,
     ModelError,
@@ -39,7 +44,6 @@ from attrbox.memory import is_out_of_memory
 from attrbox.shapes import Operated
 from attrbox.targets import unwrap
 
-_CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d"})
 _OWN_FUNCTIONS = frozenset({"_SiteFunctionBackward", "LinearMapFunctionBackward"})
 
 
@@ -145,6 +149,7 @@ class Recorder(TorchFunctionMode):
         copies: frozenset[int],
         reference: bool = False,
         twice: bool = False,
+        count: int = 1,
     ) -> None:
         super().__init__()
         self.model = model
@@ -154,10 +159,15 @@ class Recorder(TorchFunctionMode):
         self.unknown: list[Operated] = []
         self.needs = needs
         self.feature_maps: dict[str | None, Tensor] = {}
+        self.grids: dict[str | None, Grid] = {}
+        self._follower = Follower(count) if layers else None
+        self._inside = 0  # of functions that are run part by part
         self.replaying = Replaying()
         self.kept: list[tuple[Tensor, ...] | None] = []  # inputs at the sites, in a reference recording
         self.convolutions: list[int] = []  # how many sites there were before each convolution
         self._linear = LinearCalls() if twice else None
+        self._treats_layers = not LAYERS.isdisjoint(needs)
+        self._last_layer: tuple[Site, Operation, Tensor, int] | None = None  # with its output, and its version
         self._copies = copies
         self._reference = reference
         self._versions: list[tuple[int, Tensor, int]] = []  # what must not be written over: site, tensor, version
@@ -179,30 +189,51 @@ class Recorder(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         operation = interpret(function, args, kwargs)
+        parts = parts_of(function, args, kwargs) if operation is None else None
+        if parts is not None and not self.needs.keys().isdisjoint(parts.kinds):
+            self._inside += 1
+            with self:  # its parts come here one by one
+                result = parts.run(*args, **kwargs)
+            self._inside -= 1
+            self._follow(function, result)
+            return result
+        layer = layer_of(function, args, kwargs) if operation is None and self._treats_layers else None
         if operation is not None and operation.kind in self.needs:
             result = self._keep(operation) if self._reference else self._make_site(operation)
+        elif layer is not None and layer.kind in self.needs:
+            result = self._make_layer(layer)
+        elif (joined := self._with_batch_norm(function, args, kwargs)) is not None:
+            result = joined
         else:
             result = self._linear.run(function, args, kwargs) if self._linear else None
             if result is None:
                 result = function(*args, **kwargs)
             if not self._reference:
-                self._note(operation, function, args, kwargs, result)
-        if is_activation(result) and name_of(function) in _CONVOLUTIONS:
+                self._note(operation or parts, function, args, kwargs, result)
+        if is_activation(result) and name_of(function) in CONVOLUTIONS:
             self.convolutions.append(len(self.sites))
-        if None in self.layers:
-            self._follow(function, result)
+        self._follow(function, result)
         return result
+
+    def _follow(self, function: Any, result: Any) -> None:
+        first = result[0] if isinstance(result, tuple) and result else result
+        if self._follower is not None and not self._inside and is_activation(first):
+            self._follower.see(name_of(function), first)
 
     def _site(self, operation: Operation) -> Site:
         module, call = self._modules[-1]
-        site = Site(len(self.sites), operation.kind, module, call, operation.pure, operation.pull, operation.options)
+        shapes = tuple(i.shape for i in operation.inputs)
+        index, kind = len(self.sites), operation.kind
+        site = Site(index, kind, module, call, operation.pure, operation.pull, operation.options, shapes)
         self.sites.append(site)
         return site
 
     def _make_site(self, operation: Operation) -> Any:
         if _is_checkpointing():
             raise checkpointed()
-        site = self._site(operation)
+        return self._run_site(self._site(operation), operation)
+
+    def _run_site(self, site: Site, operation: Operation) -> Any:
         needs = set(self.needs[operation.kind])
         if "input" not in needs:  # from the input everything else can be computed again
             needs.add(operation.pulls_from if operation.pull else "input")
@@ -222,6 +253,26 @@ class Recorder(TorchFunctionMode):
             self._watch(site, *inputs)
         return result
 
+    def _make_layer(self, layer: Operation) -> Any:
+        layer.options["first"] = not any(site.kind in LAYERS for site in self.sites)
+        result = self._keep(layer) if self._reference else self._make_site(layer)
+        self._last_layer = (self.sites[-1], layer, result, result._version)
+        return result
+
+    def _with_batch_norm(self, function: Any, args: Any, kwargs: Any) -> Any:
+        """The result of a batch-norm behind a layer, whose site it joins."""
+        if self._last_layer is None or self._reference:
+            return None
+        site, layer, output, version = self._last_layer
+        joined = with_batch_norm(layer, output, function, args, kwargs)
+        if joined is None or output._version != version:  # written over in between
+            return None
+        joined.options["first"] = layer.options["first"]
+        self._last_layer = None
+        site = replace(site, function=joined.pure, options=joined.options)
+        self.sites[site.index] = site
+        return self._run_site(site, joined)
+
     def _keep(self, operation: Operation) -> Any:
         """Run an operation of a reference pass and keep its inputs, if a rule compares with them."""
         site = self._site(operation)
@@ -239,30 +290,20 @@ class Recorder(TorchFunctionMode):
     def _watch(self, site: Site, *tensors: Tensor) -> None:
         self._versions.extend((site.index, tensor, tensor._version) for tensor in tensors)
 
-    def _note(self, operation: Operation | None, function: Any, args: Any, kwargs: Any, result: Any) -> None:
+    def _note(self, known: Operation | Parts | None, function: Any, args: Any, kwargs: Any, result: Any) -> None:
         """Remember an operation that no rule touches, if it is not linear."""
-        if operation is not None:
-            self.passed.append(Operated(operation.kind, *self._modules[-1]))
+        if known is not None:
+            self.passed.append(Operated(known.kind, *self._modules[-1]))
             return
         first = result[0] if isinstance(result, tuple | list) and result else result
         if is_activation(first):
             if is_linear(function, args, kwargs):
                 return
+            if self.needs and function in (F.batch_norm, torch.batch_norm):
+                raise _batch_statistics(self.running)
         elif not (isinstance(first, Tensor) and is_decision(function) and args and is_activation(args[0])):
             return
         self.unknown.append(Operated(name_of(function), *self._modules[-1]))
-
-    def _follow(self, function: Any, result: Any) -> None:
-        """Keep the last feature map: the last convolution's output, through all that leaves its grid as it is."""
-        if not (is_activation(result) and result.dim() >= 3):
-            return
-        name, last = name_of(function), self.feature_maps.get(None)
-        grid = result.shape[2:]
-        if name in _CONVOLUTIONS:
-            if max(grid) > 1:
-                self.feature_maps[None] = result
-        elif last is not None and "pool" not in name and grid == last.shape[2:]:
-            self.feature_maps[None] = result
 
     def finish(self, output: Any) -> None:
         """After the forward pass: what went past the function mode, and layers that did not run.
@@ -270,6 +311,9 @@ class Recorder(TorchFunctionMode):
         Raises:
             OptionError: a wanted layer does not exist, did not run, or has no feature map.
         """
+        last = self._follower.last if self._follower is not None else None
+        if None in self.layers and last is not None:
+            self.feature_maps[None], self.grids[None] = last
         for layer in self.layers:
             if layer in self.feature_maps:
                 continue
@@ -321,7 +365,9 @@ class Recorder(TorchFunctionMode):
                 )
                 raise OptionError(f"The layer {name!r} must return a feature map [N, C, ...], but returns {what}.")
             if is_activation(output):
+                assert self._follower is not None
                 self.feature_maps[name] = output
+                self.grids[name] = self._follower.grid_of(output) or Grid(tuple(output.shape[2:]))
                 # The model goes on with a copy: an in-place ReLU behind a convolution must not change the map.
                 return output.clone()
         return None
@@ -360,6 +406,14 @@ def checkpointed() -> UnsupportedModelError:
     return UnsupportedModelError(
         "The model uses activation checkpointing, which runs parts of it again in the backward pass, where no rule "
         "sees them. Switch it off for explaining."
+    )
+
+
+def _batch_statistics(module: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"The batch-norm in {module or 'the model'!r} takes its statistics from the batch, so each image's score "
+        "depends on its batch mates, and no propagation rule is defined. Let it use running statistics "
+        "(track_running_stats=True, training=False); saliency and other plain-gradient methods run on it as it is."
     )
 
 

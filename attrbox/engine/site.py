@@ -22,8 +22,17 @@ Gradients: TypeAlias = "Tensor | tuple[Tensor, ...]"
 RECTIFIERS = frozenset("relu relu6 leaky_relu prelu elu selu celu softplus gelu silu hardswish mish".split())
 SQUASHERS = frozenset("sigmoid tanh hardsigmoid hardtanh".split())
 ACTIVATIONS = RECTIFIERS | SQUASHERS
+# Other functions of one number: sqrt, rsqrt and reciprocal are powers, exp2 an exp, log1p a log.
+FUNCTIONS = frozenset("abs exp log power erf sin cos logsigmoid softshrink hardshrink threshold".split())
+ELEMENTWISE = ACTIVATIONS | FUNCTIONS
 GATES = frozenset({"sigmoid", "hardsigmoid"})  # between 0 and 1: a factor made by one scales the other factor
-KINDS = ACTIVATIONS | {"softmax", "max_pool", "product"}
+# Along axes, and of two activations. "matmul" is whatever is linear in each of two activations: einsum, bmm, ...;
+# "norm" are layer, group, instance and RMS norms with the statistics of the moment.
+REDUCTIONS = frozenset("softmax log_softmax logsumexp max_pool norm vector_norm".split())
+PAIRS = frozenset("product quotient matmul maximum".split())
+KINDS = ELEMENTWISE | REDUCTIONS | PAIRS
+# Linear: the true gradient is what most rules mean there. A rule that names these kinds treats their weights.
+LAYERS = frozenset({"convolution", "linear"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +47,11 @@ class Site:
         function: the operation without side effects, inputs -> output, other arguments bound.
         options: what else a rule may need: `dim` of a softmax, `pool` (input -> output, winners' positions) and `dims`
             of a max-pool, `gates` of a product (for each factor, whether a sigmoid made it), `bounds` of functions
-            that cut their input off: (0, inf) for ReLU, (0, 6) for ReLU6.
+            that cut their input off: (0, inf) for ReLU, (0, 6) for ReLU6; `size` (neighbouring elements that are
+            normed together), `weight`, `centred` and `eps` of a norm; whether a quotient's numerator is `constant`;
+            the `sign` of a maximum, -1 for a minimum; `weight`, `bias` and `apply` (input, weight, bias -> output) of a
+            layer, whether it is the `first` one of the model, and whether its input is known to be `nonnegative`.
+        shapes: of the inputs.
 
     The tensors below have the batch first. They are kept only if some rule of the recording `needs` them; reading
     another raises `RuleError`.
@@ -51,6 +64,7 @@ class Site:
     function: Callable[..., Tensor]
     pull: "Callable[[Site, Tensor], Gradients] | None" = None  # a faster true gradient than the general one
     options: dict[str, Any] = field(default_factory=dict)
+    shapes: tuple[torch.Size, ...] = ()
     rule: str = ""  # name of the rule that is being replayed, for messages; none for the true gradient
     saved_inputs: tuple[Tensor, ...] | None = None
     saved_output: Tensor | None = None
@@ -100,7 +114,7 @@ class Site:
         Raises:
             RuleError: the operation does not act element by element; use `true_gradient`.
         """
-        if self.kind not in ACTIVATIONS:
+        if self.kind not in ELEMENTWISE:
             raise RuleError(
                 f"A {self.kind} does not act element by element, so it has no derivative of its input's shape "
                 f"({self.where}). Use site.true_gradient(grad_output), or leave {self.kind!r} out of the rule's kinds."
@@ -124,6 +138,10 @@ class Site:
             aliases = tuple(i.view_as(i) for i in inputs)  # x * x: each factor gets its own gradient
             gradients = torch.autograd.grad(self.function(*aliases), aliases, grad_output, create_graph=differentiable)
         return gradients if len(gradients) > 1 else gradients[0]
+
+    def at(self, *inputs: Tensor) -> "Site":
+        """The same operation on other inputs."""
+        return replace(self, saved_inputs=inputs, saved_output=None)
 
     @property
     def where(self) -> str:
@@ -195,6 +213,10 @@ class Rule(ABC):
     @abstractmethod
     def propagate(self, site: Site, grad_output: Tensor) -> Gradients:
         """Gradient with respect to the site's input, of its shape; a pair for a product (any broadcast shape)."""
+
+    def relevance(self, gradient: Tensor, images: Tensor) -> Tensor:
+        """What a method that multiplies by the input makes of the propagated gradient."""
+        return gradient * images
 
     @property
     def uses_reference(self) -> bool:

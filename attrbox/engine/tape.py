@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
+from attrbox.engine.grids import Grid
 from attrbox.engine.recorder import Recorder, Reference, Replaying, checkpointed, forward
-from attrbox.engine.site import Rule, Site
+from attrbox.engine.site import LAYERS, Rule, Site
 from attrbox.errors import (
     ModelError,
     NoGradientError,
@@ -29,7 +30,8 @@ class Tape:
         passed: operations of the table that no rule of the recording covers: native, with their true derivative.
         unknown: non-linear operations that are not in the table, native too.
         convolutions: how many sites were recorded before each convolution, in order of execution.
-        feature_maps: layer name (or None: the last spatial feature map) -> its output, [n, C, ...].
+        feature_maps: layer name (or None: the last spatial feature map) -> its output.
+        grids: the same names -> where in these outputs the pixels are.
     """
 
     def __init__(self, model: nn.Module, images: Tensor, output: Any, recorder: "Recorder | None") -> None:
@@ -41,6 +43,7 @@ class Tape:
         self.unknown: tuple[Operated, ...] = tuple(recorder.unknown) if recorder else ()
         self.convolutions: tuple[int, ...] = tuple(recorder.convolutions) if recorder else ()
         self.feature_maps: dict[str | None, Tensor] = recorder.feature_maps if recorder else {}
+        self.grids: dict[str | None, Grid] = recorder.grids if recorder else {}
         self._needs = recorder.needs if recorder else {}
         self._replaying = recorder.replaying if recorder else Replaying()
 
@@ -50,14 +53,7 @@ class Tape:
         Raises:
             ModelError: the model takes another path on the reference than on the images.
         """
-        copies: frozenset[int] = frozenset()
-        while True:
-            recorder = Recorder(self.model, self._needs, (), copies, reference=True)
-            with torch.enable_grad():  # as for the images: what requires a gradient is an activation
-                output = forward(self.model, reference.detach().clone().requires_grad_(), recorder)
-            if not (stale := recorder.stale()):
-                break
-            copies |= stale
+        recorder, output = self._forward_reference(reference)
         there, here = Operated.listed(recorder.sites), Operated.listed(self.sites)
         if there != here:
             first = next(
@@ -69,7 +65,20 @@ class Tape:
                 "its input, so differences from this reference are not defined. Choose a baseline that takes the same "
                 "path, or a method without one."
             )
+        if len(reference) == 1 and not all(map(_broadcasts, self.sites, recorder.kept)):
+            # The model lays the batch and another axis together, such as windows: one reference for each image.
+            recorder, output = self._forward_reference(reference.expand(len(self.images), *reference.shape[1:]))
         return Reference(tuple(recorder.kept), unwrap(output).detach())
+
+    def _forward_reference(self, reference: Tensor) -> tuple[Recorder, Any]:
+        copies: frozenset[int] = frozenset()
+        while True:
+            recorder = Recorder(self.model, self._needs, (), copies, reference=True)
+            with torch.enable_grad():  # as for the images: what requires a gradient is an activation
+                output = forward(self.model, reference.detach().clone().requires_grad_(), recorder)
+            if not (stale := recorder.stale()):
+                return recorder, output
+            copies |= stale
 
     def replay(
         self,
@@ -119,7 +128,7 @@ class Tape:
         kinds = rule.kinds if rule else frozenset()
         return Coverage(
             tuple(operated for operated in treated if operated.operation in kinds),
-            tuple(operated for operated in treated if operated.operation not in kinds) + self.passed,
+            tuple(operated for operated in treated if operated.operation not in kinds | LAYERS) + self.passed,
             self.unknown,
         )
 
@@ -157,7 +166,7 @@ def record(
     needs = _needs(asking)
     copies: frozenset[int] = frozenset()
     while True:
-        recorder = Recorder(model, needs, layers, copies, twice=twice)
+        recorder = Recorder(model, needs, layers, copies, twice=twice, count=len(images))
         output = forward(model, leaf.clone(), recorder)
         if not (stale := recorder.stale()):
             break
@@ -186,6 +195,14 @@ def check_visible(model: nn.Module) -> None:
             f"{where.capitalize()} is {state}, so its single operations cannot be seen and no propagation rule "
             f"would reach them. {remedy}; saliency, integrated_gradients and the SmoothGrad family run on it as it is."
         )
+
+
+def _broadcasts(site: Site, reference: tuple[Tensor, ...] | None) -> bool:
+    """Whether what a reference left at a site stands for all images: its axes are the same, or 1."""
+    return reference is None or all(
+        there.dim() == len(here) and all(size in (1, wanted) for size, wanted in zip(there.shape, here, strict=True))
+        for there, here in zip(reference, site.shapes, strict=True)
+    )
 
 
 def _needs(rules: Collection[Rule]) -> dict[str, frozenset[str]]:

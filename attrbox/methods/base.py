@@ -179,6 +179,12 @@ class MethodSpec(Spec[Method]):
 
     reduction: ChannelReduction = "sum"
     units: str = "score"
+    only_for: str = ""  # which models it is defined on, in words, if not on all
+
+    @property
+    def for_all(self) -> bool:
+        """Whether it can be asked for without knowing the model, and without options."""
+        return not (self.required or self.only_for)
 
     def settings(self, method: Method) -> dict[str, Any]:
         """The value of each option of a method that `create` made."""
@@ -241,6 +247,7 @@ def register_method(
     aliases: tuple[str, ...] = (),
     reduction: ChannelReduction = "sum",
     units: str = "score",
+    only_for: str = "",
     presets: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Callable[[M], M]:
     """Class decorator: enter a `Method` into the registry under `name`.
@@ -252,6 +259,7 @@ def register_method(
         aliases: other names, for instance the paper's abbreviation.
         reduction: how the channels become one map for the eye.
         units: what one unit of the map is, in words.
+        only_for: which models it is defined on, in words, if not on all.
         presets: name -> options that it sets, for a method with an option `preset`; the first is the default, and
             options that are given win over it.
 
@@ -268,7 +276,8 @@ def register_method(
             return cls(**(dict(known[preset]) | given))
 
         build: Callable[..., Method] = from_preset if known else cls
-        methods.add(MethodSpec(name, build, summary, reference, option_infos(cls), aliases, reduction, units))
+        infos = option_infos(cls)
+        methods.add(MethodSpec(name, build, summary, reference, infos, aliases, reduction, units, only_for))
         return cls
 
     return enter

@@ -2,8 +2,12 @@
 
     w_c = mean over positions of dS/dA_c,     map = relu(sum_c w_c A_c), upsampled to the image
 
+    Grad-CAM++   w_c = sum a relu(g),   a = g^2 / (2 g^2 + sum_positions(A_c) g^3),   g = dS/dA_c
+    Layer-CAM    map = relu(sum_c relu(g) A_c)
+
 The layer is found by itself: the last spatial feature map, which is what the last convolution became after its norm,
-residual sum and activation (features.29 of VGG-16, layer4 of a ResNet); or it is named.
+residual sum and activation (features.29 of VGG-16, layer4 of a ResNet), or the tokens of a transformer without class
+and register tokens (`attrbox.engine.grids`); or it is named.
 """
 
 from dataclasses import dataclass
@@ -24,23 +28,13 @@ _INTERPOLATION = "upsampling to the image's size: linear (in each direction) or 
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Cam(Method):
-    layer: str | None = option(None, _LAYER)
+class Upsampled(Method):
+    """Maps on a grid of the model's own, brought to the images' size."""
+
     interpolation: str = option("linear", _INTERPOLATION)
 
     def __post_init__(self) -> None:
-        check_layer(self.layer)
         check_choice("interpolation", self.interpolation, ("linear", "nearest"))
-
-    @property
-    def layers(self) -> tuple[str | None, ...]:
-        return (self.layer,)
-
-    def weighted(self, run: Run) -> Tensor:
-        """sum_c w_c A_c on the layer's own grid, [n, K, h, w]."""
-        features, gradient = run.feature_map(self.layer)
-        weights = gradient.flatten(3).mean(3)
-        return torch.einsum("nkc,ncp->nkp", weights, features.flatten(2)).view(*weights.shape[:2], *features.shape[2:])
 
     def upsampled(self, run: Run, maps: Tensor) -> Tensor:
         """Maps on the images' grid, [n, K, 1, H, W]."""
@@ -53,6 +47,30 @@ class _Cam(Method):
         mode = _LINEAR_MODES[len(size)] if self.interpolation == "linear" else "nearest"
         corners = False if self.interpolation == "linear" else None
         return F.interpolate(maps, size=tuple(size), mode=mode, align_corners=corners).unsqueeze(2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Cam(Upsampled):
+    layer: str | None = option(None, _LAYER)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_layer(self.layer)
+
+    @property
+    def layers(self) -> tuple[str | None, ...]:
+        return (self.layer,)
+
+    def weighted(self, run: Run) -> Tensor:
+        """sum_c w_c A_c on the layer's own grid, [n, K, h, w]."""
+        features, gradient = run.feature_map(self.layer)
+        weights = self.weights(features, gradient)
+        return torch.einsum("nkc,ncp->nkp", weights, features.flatten(2)).view(*weights.shape[:2], *features.shape[2:])
+
+    def weights(self, features: Tensor, gradient: Tensor) -> Tensor:
+        """w_c, [n, K, C], of the features [n, C, ...] and the gradient [n, K, C, ...]."""
+        del features
+        return gradient.flatten(3).mean(3)
 
 
 @register_method(
@@ -74,6 +92,38 @@ class GradCam(_Cam):
     def attribute(self, run: Run) -> Tensor:
         maps = self.weighted(run)
         return self.upsampled(run, maps.relu() if self.relu else maps)
+
+
+@register_method(
+    "grad_cam_plus_plus",
+    summary="Last feature map weighted by its positive gradients, each position by how much of the score it explains",
+    reference="Chattopadhay et al., WACV 2018, equations 5 and 19",
+    aliases=("gradcam++", "grad_cam++"),
+)
+@dataclass(frozen=True, kw_only=True)
+class GradCamPlusPlus(GradCam):
+    """relu(sum_c w_c A_c) with the weights of Grad-CAM++, [N, 1, H, W]."""
+
+    def weights(self, features: Tensor, gradient: Tensor) -> Tensor:
+        g = gradient.flatten(3)
+        whole = features.flatten(2).sum(2)[:, None, :, None]
+        below = 2 + whole * g  # g^2 cancelled
+        return torch.where(below == 0, 0.0, g.relu() / below.masked_fill(below == 0, 1.0)).sum(3)
+
+
+@register_method(
+    "layer_cam",
+    summary="Last feature map weighted by its positive gradient, position by position",
+    reference="Jiang et al., IEEE TIP 2021, equations 5 and 6",
+    aliases=("layercam",),
+)
+@dataclass(frozen=True, kw_only=True)
+class LayerCam(GradCam):
+    """relu(sum_c relu(dS/dA_c) A_c), [N, 1, H, W]."""
+
+    def weighted(self, run: Run) -> Tensor:
+        features, gradient = run.feature_map(self.layer)
+        return (gradient.relu() * features[:, None]).sum(2)
 
 
 @register_method(

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from attrbox.engine.site import KINDS, Rule
+from attrbox.engine.site import KINDS, LAYERS, Rule
 from attrbox.errors import OptionError
 from attrbox.methods.base import Method, MethodSpec, OptionInfo, check_baseline, check_flag, methods
 from attrbox.methods.run import Run
@@ -48,7 +48,7 @@ class RuleMethod(Method):
         values = run.gradient(self.rule, self.baseline)
         if self.times_input:
             start = run.baseline(self.baseline) if self.rule.uses_reference else 0
-            values = values * (run.images - start).unsqueeze(1)
+            values = self.rule.relevance(values, (run.images - start).unsqueeze(1))
         return values.abs() if self.absolute else values
 
     def expected(self, run: Run) -> Tensor | None:
@@ -104,7 +104,7 @@ def register_rule(
     def enter(cls: R) -> R:
         if not (isinstance(cls, type) and issubclass(cls, Rule)):
             raise OptionError(f"Expected a subclass of attrbox.Rule, got {cls!r}.")
-        for what, declared, known in (("kinds", cls.kinds, KINDS), ("needs", cls.needs, _NEEDS)):
+        for what, declared, known in (("kinds", cls.kinds, KINDS | LAYERS), ("needs", cls.needs, _NEEDS)):
             if not set(declared) <= known:
                 raise OptionError(
                     f"The rule {cls.__name__} declares {what} {sorted(set(declared) - known)}, but there are only "

@@ -214,8 +214,13 @@ class Run:
         """A layer's output [n, C, ...], and the gradient of each score with respect to it, [n, K, C, ...]."""
 
         def compute() -> tuple[Tensor, Tensor]:
-            features = self.tape.feature_maps[layer]
-            return features.detach().to(self.images.dtype), self._replay(features)
+            features, grid = self.tape.feature_maps[layer], self.tape.grids[layer]
+            gradient = self._replay(features)
+            spatial = grid.spatial(gradient.flatten(0, 1))
+            return (
+                grid.spatial(features.detach()).to(self.images.dtype),
+                spatial.reshape(*gradient.shape[:2], *spatial.shape[1:]),
+            )
 
         return self._once(("feature_map", layer), compute)
 

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from attrbox.compare import Comparison
 from attrbox.errors import InputError
 from attrbox.hdf5 import dataset_name
+from attrbox.maps import MapsFile
 from attrbox.methods.base import methods as registry
 from attrbox.metrics.study import Explainer, Maps, Recipe
 from attrbox.seeds import numbers
 from attrbox.shapes import Attribution, ChannelReduction
 
-MapsLike: TypeAlias = "Mapping[str, Any] | h5py.File"
+MapsLike: TypeAlias = "Mapping[str, Any] | MapsFile | h5py.File"
 # What makes maps again: a function, a method, or a method with its options.
 ExplainerLike: TypeAlias = "str | tuple[str, Mapping[str, Any]] | Explainer"
 
@@ -58,13 +59,15 @@ def read(maps: MapsLike, explainers: Mapping[str, ExplainerLike] | None = None) 
         InputError: there are none, or something else, or maps of several targets at once, or an explainer of none.
     """
     seed = maps.seed if isinstance(maps, Comparison) else 0
+    if isinstance(maps, MapsFile):
+        maps = maps.file
     if isinstance(maps, h5py.Group):
         sources = _in_file(maps)
     elif isinstance(maps, Mapping):
         sources = {label: _source(label, maps[label], seed) for label in maps}
     else:
         raise InputError(
-            f"Expected maps as a Comparison, a mapping from names to tensors, or an open HDF5 file, got "
+            f"Expected maps as a Comparison, a mapping from names to tensors, or an open file of maps, got "
             f"{type(maps).__name__}. For one method: {{'name': maps}}."
         )
     if not sources:

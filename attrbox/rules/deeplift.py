@@ -1,4 +1,4 @@
-"""DeepLIFT, Rescale rule, completed for max-pools, softmax and products.
+"""DeepLIFT, Rescale rule, completed for what does not act element by element: pools, softmax, products, norms.
 
 Shrikumar et al., ICML 2017, equation 11: the multiplier of a non-linearity is the slope between the reference and
 the input,
@@ -6,23 +6,36 @@ the input,
     m = (f(x) - f(x0)) / (x - x0),     f'(x) where x = x0
 
 Then the attributions (image - baseline) * multiplier sum to score(image) - score(baseline), if every operation on the
-way passes differences on exactly. So three operations that do not act element by element get exact multipliers too:
+way passes differences on exactly. So operations that do not act element by element get exact multipliers too:
 
     product    d(ab)   = da (b + b0) / 2 + db (a + a0) / 2                                        (midpoint)
     max-pool   y >= y0: all of y - y0 to the winner of the input, else to the winner of the reference
     softmax    p_i = exp(x_i - L(x)), L = log sum exp:   d(p_i) = m_i (dx_i - dL),   dL = sum_j w_j dx_j
                with m_i, w_j the slopes of exp and of log(sum exp)                                (rescale, twice)
 
+    quotient   y = a/b:   dy = (da - db (y + y0) / 2) / m,   m = (b + b0) / 2                (midpoint of a = y b)
+    matmul     whatever is linear in each of two activations: its derivative at the midpoint of both
+    maximum    max(a, b) = b + relu(a - b):   d = da m + db (1 - m),   m the slope of the ReLU
+    norm       y = c/s, c = x - mean(x), s^2 = mean(c^2) + eps: a quotient, with ds = mean((c + c0) dc) / (s + s0)
+    length     s = sqrt(sum x^2):   ds = sum (x + x0) dx / (s + s0)
+    log-softmax and log-sum-exp as in the softmax
+
+A quotient could also be taken as the product with 1/b; but at a reference where b is next to nothing, such as a norm of
+a black image, multipliers would then be huge and cancel. That form is left to denominators of two signs.
+
 The max-pool is the split of DeepSHAP by winners, |y - y0| <= |x - x0| there, so the multiplier is in [0, 1]; windows
 may overlap.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from attrbox.engine.site import KINDS, Gradients, Rule, Site
+from attrbox.engine.site import ELEMENTWISE, FUNCTIONS, KINDS, Gradients, Rule, Site
+from attrbox.rules.norms import normed, weighted
 
 
 @dataclass(frozen=True)
@@ -34,17 +47,11 @@ class DeepLift(Rule):
     by_rows = True
 
     def needs_at(self, kind: str) -> frozenset[str]:
-        return self.needs | {"derivative"} if kind not in ("product", "max_pool", "softmax") else self.needs
+        return self.needs | {"derivative"} if kind in ELEMENTWISE else self.needs
 
     def propagate(self, site: Site, grad_output: Tensor) -> Gradients:
-        if site.kind == "product":
-            (a, b), (a0, b0) = site.inputs, site.reference_inputs
-            return grad_output * ((b + b0) / 2), grad_output * ((a + a0) / 2)
-        if site.kind == "max_pool":
-            return _max_pool(site, grad_output)
-        if site.kind == "softmax":
-            return _softmax(site, grad_output)
-        return _slope(site).mul_(grad_output)
+        exact = _EXACT.get(site.kind)
+        return _slope(site).mul_(grad_output) if exact is None else exact(site, grad_output)
 
 
 def _slope(site: Site) -> Tensor:
@@ -55,8 +62,10 @@ def _slope(site: Site) -> Tensor:
         return _share_between(low, high, x, x0)
     change = x - x0
     # Rounding makes the quotient of a smooth function useless where x is close to x0; the derivative errs by
-    # f'' * (x - x0) there, which is less. The quotient of straight lines is exact.
-    flat = change.abs() <= (0.0 if bounds else torch.finfo(x.dtype).eps ** 0.5)
+    # f'' * (x - x0) there, which is less. The quotient of straight lines is exact. Functions that are steep
+    # at 0 (roots, logarithms, reciprocals) vary on the scale of x itself.
+    near = 0.0 if bounds else torch.finfo(x.dtype).eps ** 0.5
+    flat = change.abs() <= (near * torch.maximum(x.abs(), x0.abs()) if site.kind in FUNCTIONS else near)
     return torch.where(flat, site.derivative(), (site.output - site.reference_output) / change.masked_fill(flat, 1.0))
 
 
@@ -93,20 +102,109 @@ def _max_pool(site: Site, grad_output: Tensor) -> Tensor:
 def _softmax(site: Site, grad_output: Tensor) -> Tensor:
     dim = site.options["dim"]
     x, x0 = site.input, site.reference_input
+    level, level0, weight = _level(x, x0, dim)
+    through = grad_output * _exp_slope(x - level, x0 - level0)  # of p_i in x_i - L
+    return through - weight * through.sum(dim, keepdim=True)
+
+
+def _log_softmax(site: Site, grad_output: Tensor) -> Tensor:
+    dim = site.options["dim"]
+    *_, weight = _level(site.input, site.reference_input, dim)
+    return grad_output - weight * grad_output.sum(dim, keepdim=True)
+
+
+def _logsumexp(site: Site, grad_output: Tensor) -> Tensor:
+    *_, weight = _level(site.input, site.reference_input, site.options["dim"])
+    return weight * _kept(site, grad_output)
+
+
+def _level(x: Tensor, x0: Tensor, dim: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """L(x), L(x0), and the slopes of L = log sum exp in each x_j."""
     level, level0 = x.logsumexp(dim, keepdim=True), x0.logsumexp(dim, keepdim=True)
-    slope = _exp_slope(x - level, x0 - level0)  # of p_i in x_i - L
     # The sum under the logarithm, scaled by its larger value so that nothing overflows.
     top = torch.maximum(level, level0)
     log_slope = 1 / _exp_slope(level - top, level0 - top)  # of L in sum_j exp(x_j - top)
-    weight = log_slope * _exp_slope(x - top, x0 - top)
-    through = grad_output * slope
-    return through - weight * through.sum(dim, keepdim=True)
+    return level, level0, log_slope * _exp_slope(x - top, x0 - top)
+
+
+def _kept(site: Site, reduced: Tensor) -> Tensor:
+    """What a reduction returned, with the reduced axes as 1."""
+    dim = site.options["dim"]
+    if site.options["keepdim"]:
+        return reduced
+    dims = range(site.input.dim()) if dim is None else (dim,) if isinstance(dim, int) else dim
+    for axis in sorted(axis % site.input.dim() for axis in dims):
+        reduced = reduced.unsqueeze(axis)
+    return reduced
 
 
 def _exp_slope(a: Tensor, b: Tensor) -> Tensor:
     """(exp(a) - exp(b)) / (a - b), exp(a) where they meet; by expm1, so exact for close values, and never too large."""
-    distance = (a - b).abs()
-    flat = distance == 0
-    return torch.exp(torch.maximum(a, b)) * torch.where(
-        flat, 1.0, -torch.expm1(-distance) / distance.masked_fill(flat, 1.0)
-    )
+    flat = a == b  # also where both are -infinity: masked out
+    distance = (a - b).masked_fill(flat, 1.0).abs()
+    return torch.exp(torch.maximum(a, b)) * torch.where(flat, 1.0, -torch.expm1(-distance) / distance)
+
+
+def _product(site: Site, grad_output: Tensor) -> Gradients:
+    (a, b), (a0, b0) = site.inputs, site.reference_inputs
+    return grad_output * ((b + b0) / 2), grad_output * ((a + a0) / 2)
+
+
+def _quotient(site: Site, grad_output: Tensor) -> Gradients:
+    (a, b), (a0, b0) = site.inputs, site.reference_inputs
+    same = b * b0 > 0
+    middle = torch.where(same, (b + b0) / 2, 1.0)
+    to_a = torch.where(same, 1 / middle, (1 / b + 1 / b0) / 2)
+    to_b = torch.where(same, -(a / b + a0 / b0) / (2 * middle), -(a + a0) / (2 * b * b0))
+    return grad_output * to_a, grad_output * to_b
+
+
+def _matmul(site: Site, grad_output: Tensor) -> Gradients:
+    pairs = zip(site.inputs, site.reference_inputs, strict=True)
+    return site.at(*((here + there) / 2 for here, there in pairs)).true_gradient(grad_output)
+
+
+def _maximum(site: Site, grad_output: Tensor) -> Gradients:
+    (a, b), (a0, b0) = site.inputs, site.reference_inputs
+    lead, lead0 = (a - b) * site.options["sign"], (a0 - b0) * site.options["sign"]
+    flat = lead == lead0
+    rise = (lead.clamp(min=0) - lead0.clamp(min=0)) / (lead - lead0).masked_fill(flat, 1.0)
+    share = torch.where(flat, (lead > 0).to(rise.dtype), rise)
+    return grad_output * share, grad_output * (1 - share)
+
+
+def _vector_norm(site: Site, grad_output: Tensor) -> Tensor:
+    x, x0 = site.input, site.reference_input
+    lengths = _kept(site, site.output) + _kept(site, site.reference_output)
+    return _kept(site, grad_output) * (x + x0) / lengths.masked_fill(lengths == 0, 1.0)
+
+
+def _norm(site: Site, grad_output: Tensor) -> Tensor:
+    x, x0 = site.input, site.reference_input
+    c, s = normed(site, x)
+    c0, s0 = normed(site, x0 if x0.shape[1:] == x.shape[1:] else x0.expand_as(x))
+    g, scale = weighted(site, grad_output), 2 / (s + _tiled(s0, s))
+    share = (g * (c / s + _tiled(c0 / s0, c))).mean(1, keepdim=True)  # twice that of ds
+    g = g * scale - (c + _tiled(c0, c)) * (share * (scale / 2) ** 2)
+    if site.options["centred"]:
+        g = g - g.mean(1, keepdim=True)
+    return g.view(grad_output.shape)
+
+
+def _tiled(there: Tensor, here: Tensor) -> Tensor:
+    """Rows of a shared reference, once for each image."""
+    return there if len(there) == len(here) else there.repeat(len(here) // len(there), 1)
+
+
+_EXACT: dict[str, Callable[[Site, Tensor], Gradients]] = {
+    "product": _product,
+    "quotient": _quotient,
+    "matmul": _matmul,
+    "maximum": _maximum,
+    "max_pool": _max_pool,
+    "softmax": _softmax,
+    "log_softmax": _log_softmax,
+    "logsumexp": _logsumexp,
+    "norm": _norm,
+    "vector_norm": _vector_norm,
+}

@@ -9,17 +9,21 @@ its share of relevance. The stabiliser acts where a non-linearity follows, not a
 on ReLU networks this is Gradient x Input. Max-pools pass to the winner. So that relevance is not doubled at products,
 a factor that a sigmoid made (the gate of a squeeze-and-excitation) gets none and the other one all of it (Arras et
 al., WASSA 2017, section 3.1); other pairs get half each, and softmax its true gradient, which is what AttnLRP derives
-(Achtibat et al., ICML 2024, propositions 3.1 and 3.3).
+(Achtibat et al., ICML 2024, propositions 3.1 and 3.3). Matrix products of two activations give half to each, too. The
+denominator of a quotient and the deviation of a norm are gates as well: constants, as in AttnLRP (section 3.3), so that
+a norm is linear, and its bias and mean absorb their share.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from attrbox.engine.site import ACTIVATIONS, Gradients, Rule, Site
+from attrbox.engine.site import ELEMENTWISE, Gradients, Rule, Site
 from attrbox.errors import OptionError
+from attrbox.rules.norms import normed, weighted
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ class LRPEpsilon(Rule):
 
     epsilon: float = 1e-4
 
-    kinds = ACTIVATIONS | {"product"}
+    kinds = ELEMENTWISE | {"product", "matmul", "quotient", "norm"}
     needs = frozenset({"input", "output"})
     by_rows = True
 
@@ -43,15 +47,8 @@ class LRPEpsilon(Rule):
         return _NEEDS.get(kind, self.needs)
 
     def propagate(self, site: Site, grad_output: Tensor) -> Gradients:
-        if site.kind == "product":
-            first, second = site.true_gradient(grad_output)
-            match site.options["gates"]:
-                case (True, False):
-                    return torch.zeros_like(first), second
-                case (False, True):
-                    return first, torch.zeros_like(second)
-                case _:
-                    return first / 2, second / 2
+        if site.kind not in ELEMENTWISE:
+            return _AMONG_PARTS[site.kind](site, grad_output)
         if site.kind == "relu":  # f(x) is x or 0: the output alone decides
             stabilised = site.output + self.epsilon
         elif site.kind == "relu6":  # likewise 0 for x < 0
@@ -64,5 +61,50 @@ class LRPEpsilon(Rule):
         return torch.div(site.output, stabilised, out=stabilised).mul_(grad_output)  # the same, in no further memory
 
 
+def _product(site: Site, grad_output: Tensor) -> Gradients:
+    first, second = _pair(site.true_gradient(grad_output))
+    match site.options.get("gates"):
+        case (True, False):
+            return torch.zeros_like(first), second
+        case (False, True):
+            return first, torch.zeros_like(second)
+        case _:
+            return first / 2, second / 2
+
+
+def _quotient(site: Site, grad_output: Tensor) -> Gradients:
+    """All to the numerator; where that is constant, to the denominator, as at any function of one input."""
+    above, below = site.inputs
+    if site.options["constant"]:
+        return torch.zeros_like(grad_output), grad_output * (above / below**2)
+    return grad_output / below, torch.zeros_like(below)
+
+
+def _norm(site: Site, grad_output: Tensor) -> Tensor:
+    grad = weighted(site, grad_output) / normed(site, site.input)[1]
+    if site.options["centred"]:
+        grad = grad - grad.mean(1, keepdim=True)
+    return grad.view(grad_output.shape)
+
+
+def _pair(gradients: Gradients) -> tuple[Tensor, ...]:
+    assert isinstance(gradients, tuple)
+    return gradients
+
+
+_AMONG_PARTS: dict[str, Callable[[Site, Tensor], Gradients]] = {
+    "product": _product,
+    "matmul": _product,
+    "quotient": _quotient,
+    "norm": _norm,
+}
+
 # The output of a ReLU decides alone; that of a ReLU6 is computed again rather than kept.
-_NEEDS = {"relu": frozenset({"output"}), "relu6": frozenset({"input"}), "product": frozenset({"derivative"})}
+_NEEDS = {
+    "relu": frozenset({"output"}),
+    "relu6": frozenset({"input"}),
+    "product": frozenset({"derivative"}),
+    "matmul": frozenset({"derivative"}),
+    "quotient": frozenset({"input"}),
+    "norm": frozenset({"input"}),
+}

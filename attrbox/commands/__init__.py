@@ -1,0 +1,1 @@
+"""The larger commands, one a module; `attrbox.cli` puts them together."""

@@ -1,0 +1,35 @@
+"""The command `attrbox doctor MODEL`."""
+
+from typing import Annotated
+
+import typer
+
+
+def doctor(
+    model: Annotated[str, typer.Argument(help="torchvision:NAME, package.module:factory, or a shorthand.")],
+    weights: Annotated[
+        str | None, typer.Option(help="A file with a state dictionary; for torchvision also DEFAULT or none (random).")
+    ] = None,
+    size: Annotated[
+        int | None, typer.Option(help="Side of the images in pixels; the model's own if not given.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, ...")] = "cpu",
+    seed: Annotated[int, typer.Option(help="Of the image, and of random weights.")] = 0,
+) -> None:
+    """What is exact, approximate or refused for a model, and why; tried in float64 on an image of noise.
+
+    Example: `attrbox doctor torchvision:swin_t --weights none`
+    """
+    import torch
+
+    from attrbox.arguments import parse_device
+    from attrbox.doctor import doctor as diagnose
+    from attrbox.models import load_model
+
+    place = parse_device(device)
+    loaded = load_model(model, weights=weights, seed=seed).to(place)
+    dtype = torch.float32 if place.type == "mps" else torch.float64  # which has no float64
+    side: int = size if size is not None else getattr(loaded.preprocess, "crop", 224)
+    generator = torch.Generator().manual_seed(seed)
+    image = torch.randn(1, 3, side, side, generator=generator, dtype=torch.float64).to(place, dtype)
+    typer.echo(diagnose(loaded.model.to(dtype), image).table())

@@ -1,0 +1,70 @@
+"""Options that several commands have, and the errors of all."""
+
+import enum
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from attrbox.errors import AttrboxError
+
+
+class Group(TyperGroup):
+    """Commands whose mistakes are told in one line, with exit status 2."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except AttrboxError as error:
+            typer.echo(f"attrbox: {printable(' '.join(str(error).split()))}", err=True)
+            raise typer.Exit(2) from None
+
+
+def printable(text: str) -> str:
+    """The text with what could drive a terminal, such as escape sequences in file names, as backslash escapes."""
+    return "".join(letter if letter.isprintable() or letter == "\n" else ascii(letter)[1:-1] for letter in text)
+
+
+def say(text: str) -> None:
+    """Print text that may have names of files and classes in it."""
+    typer.echo(printable(text))
+
+
+def say_json(value: Any) -> None:
+    """Print a value for programs."""
+    typer.echo(json.dumps(value, indent=2, default=str))
+
+
+class Precision(enum.StrEnum):
+    """Arithmetic of the passes through the model."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+Paths = Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Image files, or folders of them.")]
+Model = Annotated[
+    str, typer.Option("--model", help="torchvision:NAME, package.module:factory, or efficientnet_lite0 (extra demo).")
+]
+Weights = Annotated[
+    str | None,
+    typer.Option(help="A file with a state dictionary; for torchvision also DEFAULT (downloaded) or none (random)."),
+]
+Methods = Annotated[
+    list[str],
+    typer.Option(
+        "--methods", "--method", "-m", help="NAME[:OPTION=VALUE,...], separated by commas, also repeated; or all."
+    ),
+]
+Target = Annotated[
+    str, typer.Option(help="The class to explain: number, name, one per image separated by commas, or argmax.")
+]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, ...")]
+Seed = Annotated[int, typer.Option(help="For methods that draw numbers, and for random weights.")]
+BatchSize = Annotated[int | None, typer.Option(help="Images per pass; by memory if not given.")]
+PrecisionOption = Annotated[Precision, typer.Option("--precision", help="Automatic mixed precision below float32.")]
+AsJson = Annotated[bool, typer.Option("--json", help="For programs.")]
+MapsPath = Annotated[Path, typer.Argument(metavar="FILE", help="A file of maps.")]

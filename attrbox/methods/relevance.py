@@ -1,0 +1,297 @@
+"""Layer-wise relevance propagation by composites: methods that multiply the propagated gradient by the input.
+
+    values = x * G,     which sum to the score, less what biases, stabilisers and clamps absorb
+
+`audit=True` says where: `details["conservation"]` has, for each site in order of execution, the relevance that came to
+its output and that went on to its inputs.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attrbox.engine.site import LAYERS, Gradients, Rule, Site
+from attrbox.methods.base import Method, check_choice, check_flag, check_number, option, register_method
+from attrbox.methods.run import Run
+from attrbox.rules.composites import Composite
+from attrbox.rules.lrp import LRPEpsilon
+from attrbox.rules.lrp_layers import (
+    AlphaBeta,
+    Epsilon,
+    ExcitationBackprop,
+    Gamma,
+    LayerRule,
+    WSquare,
+    ZBox,
+    ZPlus,
+    nonzero,
+)
+from attrbox.shapes import Operated
+
+Places = tuple[tuple[str, LayerRule], ...]
+_AUDIT = "tell how much relevance each layer absorbs"
+_EPSILON = "stabiliser at linear layers, in units of their output"
+_LOW = "lowest pixel value as the model takes it: a number, one per channel, or None: that of each image"
+_HIGH = "highest pixel value; as low"
+
+
+@dataclass(frozen=True, eq=False)
+class Conservation:
+    """Relevance at each site.
+
+    Attributes:
+        sites: in order of execution.
+        arriving: at the site's output, y * G_y summed, [n, K, sites].
+        leaving: at its inputs, x * G_x summed, [n, K, sites].
+        bias, stabiliser, clamp: what layers under a composite keep, by reason, [n, K, sites]; 0 elsewhere.
+    """
+
+    sites: tuple[Operated, ...]
+    arriving: Tensor
+    leaving: Tensor
+    bias: Tensor
+    stabiliser: Tensor
+    clamp: Tensor
+
+    @property
+    def absorbed(self) -> Tensor:
+        """All that did not go on, [n, K, sites]."""
+        return self.arriving - self.leaving
+
+    @classmethod
+    def joined(cls, parts: "Sequence[Conservation]") -> "Conservation":
+        """Those of several chunks as one."""
+        return cls(parts[0].sites, *(torch.cat([getattr(part, name) for part in parts]) for name in _AMOUNTS))
+
+    def table(self) -> str:
+        """Sites in order of execution, means over images and targets, as a Markdown table."""
+        lines = [f"| site | {' | '.join(_AMOUNTS)} |", "|---|" + "---:|" * len(_AMOUNTS)]
+        columns = (getattr(self, name).flatten(0, 1).mean(0).tolist() for name in _AMOUNTS)
+        for site, *numbers in zip(self.sites, *columns, strict=True):
+            lines.append(f"| {site} | " + " | ".join(f"{number:.4g}" for number in numbers) + " |")
+        return "\n".join(lines)
+
+
+_AMOUNTS = ("arriving", "leaving", "bias", "stabiliser", "clamp")
+
+
+class _Audited(Rule):
+    """A composite that notes the relevance at each of its sites, replay by replay."""
+
+    def __init__(self, rule: Rule, images: int) -> None:
+        self.rule = rule
+        self.images = images
+        self.kinds, self.needs = rule.kinds, rule.needs  # type: ignore[misc]
+        self.found: dict[int, tuple[Operated, list[list[Tensor]]]] = {}  # by site: for each replay, the amounts
+
+    def needs_at(self, kind: str) -> frozenset[str]:
+        return self.rule.needs_at(kind) | {"input"}
+
+    def propagate(self, site: Site, grad_output: Tensor) -> Gradients:
+        result = self.rule.propagate(site, grad_output)
+        parts = result if isinstance(result, tuple) else (result,)
+        with torch.no_grad():
+            went = [self._summed(self.rule.relevance(g, x)) for x, g in zip(site.inputs, parts, strict=True)]
+            amounts = [self._summed(site.output * grad_output), torch.stack(went).sum(0)]
+            if site.kind in LAYERS and isinstance(self.rule, Composite):
+                losses = self.rule.losses(site, grad_output)
+                amounts += [self._summed(part) for part in (losses.bias, losses.stabiliser, losses.clamp)]
+            else:
+                amounts += [torch.zeros_like(amounts[0])] * 3
+            place = Operated(site.kind, site.module, site.call)
+            self.found.setdefault(site.index, (place, []))[1].append(amounts)
+        return result
+
+    def relevance(self, gradient: Tensor, images: Tensor) -> Tensor:
+        return self.rule.relevance(gradient, images)
+
+    def conservation(self) -> Conservation:
+        """What was noted; sites that no score depends on are left out."""
+        found = [self.found[index] for index in sorted(self.found)]
+        amounts = (
+            torch.stack([torch.stack([replay[place] for replay in replays], 1) for _, replays in found], 2)
+            for place in range(len(_AMOUNTS))
+        )
+        return Conservation(tuple(place for place, _ in found), *amounts)
+
+    def _summed(self, values: Tensor) -> Tensor:
+        return values.reshape(self.images, -1).sum(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Relevance(Method):
+    audit: bool = option(False, _AUDIT)
+    stabiliser: float = option(1e-6, "what keeps the denominators of all rules but epsilon from 0")
+
+    def __post_init__(self) -> None:
+        check_flag("audit", self.audit)
+        self.rule()
+
+    def rule(self) -> Rule:
+        """The composite with the options set."""
+        raise NotImplementedError
+
+    @property
+    def rules(self) -> tuple[Rule | None, ...]:
+        return (_Audited(self.rule(), 0),) if self.audit else (self.rule(),)
+
+    def attribute(self, run: Run) -> Tensor:
+        rule = _Audited(self.rule(), len(run.images)) if self.audit else self.rule()
+        values = rule.relevance(run.gradient(rule), run.images.unsqueeze(1))
+        if isinstance(rule, _Audited):
+            run.tell(conservation=rule.conservation())
+        return values
+
+    def expected(self, run: Run) -> Tensor | None:
+        return run.scores
+
+
+@register_method(
+    "lrp",
+    summary="Layer-wise relevance propagation with rules of your choice, layer by layer",
+    reference="Bach et al., PLoS ONE 2015; Montavon et al. 2019",
+)
+@dataclass(frozen=True, kw_only=True)
+class LRP(_Relevance):
+    """Pairs (where, rule): see `attrbox.rules.composites.Composite` and the rules of `attrbox.rules.lrp_layers`."""
+
+    places: Places = option((), "pairs (first, convolution, linear, any or module name; rule); else epsilon")
+
+    def rule(self) -> Composite:
+        return Composite(self.places, self.stabiliser)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _EpsilonAtLinear(_Relevance):
+    epsilon: float = option(1e-6, _EPSILON)
+
+    def convolutions(self) -> Places:
+        """The rules at convolutions."""
+        raise NotImplementedError
+
+    def rule(self) -> Composite:
+        return Composite((*self.convolutions(), ("linear", Epsilon(self.epsilon))), self.stabiliser)
+
+
+@register_method(
+    "epsilon_plus",
+    summary="LRP: positive products (z+) at convolutions, epsilon at linear layers",
+    reference="Montavon et al. 2019; Kohlbrenner et al., IJCNN 2020",
+    aliases=("lrp_epsilon_plus",),
+)
+@dataclass(frozen=True, kw_only=True)
+class EpsilonPlus(_EpsilonAtLinear):
+    """z+ at convolutions, epsilon at linear layers."""
+
+    def convolutions(self) -> Places:
+        return (("convolution", ZPlus()),)
+
+
+@register_method(
+    "epsilon_alpha2_beta1",
+    summary="LRP: twice the positive less the negative products at convolutions, epsilon at linear layers",
+    reference="Bach et al., PLoS ONE 2015, equation 60; Kohlbrenner et al., IJCNN 2020",
+    aliases=("lrp_epsilon_alpha2_beta1",),
+)
+@dataclass(frozen=True, kw_only=True)
+class EpsilonAlpha2Beta1(_EpsilonAtLinear):
+    """alpha-beta (2, 1) at convolutions, epsilon at linear layers."""
+
+    def convolutions(self) -> Places:
+        return (("convolution", AlphaBeta(2.0, 1.0)),)
+
+
+@register_method(
+    "epsilon_gamma_box",
+    summary="LRP: z-box at the first layer, gamma at other convolutions, epsilon at linear layers",
+    reference="Montavon et al. 2019, section 10.3",
+    aliases=("lrp_epsilon_gamma_box",),
+)
+@dataclass(frozen=True, kw_only=True)
+class EpsilonGammaBox(_EpsilonAtLinear):
+    """z-box, gamma, epsilon."""
+
+    gamma: float = option(0.25, "how much positive products weigh more")
+    low: float | tuple[float, ...] | None = option(None, _LOW)
+    high: float | tuple[float, ...] | None = option(None, _HIGH)
+
+    def convolutions(self) -> Places:
+        return (("first", ZBox(self.low, self.high)), ("convolution", Gamma(self.gamma)))
+
+
+@register_method(
+    "deep_taylor",
+    summary="LRP: positive products without biases; the first layer by the box or the squares of weights",
+    reference="Montavon et al., Pattern Recognition 2017",
+)
+@dataclass(frozen=True, kw_only=True)
+class DeepTaylor(_Relevance):
+    """Of the positive part of the score."""
+
+    first: str = option("z_box", "rule of the first layer: z_box for bounded pixels, w_square for unbounded input")
+    low: float | tuple[float, ...] | None = option(None, _LOW)
+    high: float | tuple[float, ...] | None = option(None, _HIGH)
+
+    def __post_init__(self) -> None:
+        check_choice("first", self.first, ("z_box", "w_square"))
+        super().__post_init__()
+
+    def rule(self) -> Composite:
+        first = ZBox(self.low, self.high) if self.first == "z_box" else WSquare()
+        return Composite((("first", first), ("any", ExcitationBackprop())), self.stabiliser)
+
+    def attribute(self, run: Run) -> Tensor:
+        values = super().attribute(run)
+        positive = run.scores > 0
+        return values * positive.view(*positive.shape, *(1,) * (values.dim() - 2))
+
+    def expected(self, run: Run) -> Tensor | None:
+        return run.scores.clamp(min=0)
+
+
+@register_method(
+    "excitation_backprop",
+    summary="Excitation backpropagation: winning probability, by positive products without biases",
+    reference="Zhang et al., ECCV 2016, equation 5",
+    aliases=("EBP",),
+    units="probability",
+)
+@dataclass(frozen=True, kw_only=True)
+class Excitation(_Relevance):
+    """The relevance of a score of 1, without its contrast to other classes."""
+
+    def rule(self) -> Composite:
+        return Composite((("any", ExcitationBackprop()),), self.stabiliser)
+
+    def attribute(self, run: Run) -> Tensor:
+        values = super().attribute(run)
+        return values / nonzero(run.scores).view(*run.scores.shape, *(1,) * (values.dim() - 2))
+
+    def expected(self, run: Run) -> Tensor | None:
+        return torch.ones_like(run.scores)
+
+
+@register_method(
+    "attn_lrp",
+    summary="LRP for transformers: through attention, norms and gates; epsilon or gamma at layers",
+    reference="Achtibat et al., ICML 2024",
+    aliases=("AttnLRP",),
+)
+@dataclass(frozen=True, kw_only=True)
+class AttnLRP(_Relevance):
+    """Epsilon at all layers as published for language; with gammas as published for vision transformers."""
+
+    epsilon: float = option(1e-6, "stabiliser, in units of the activation")
+    gamma_convolution: float = option(0.0, "gamma at convolutions (0.25 suits vision transformers); 0: epsilon")
+    gamma_linear: float = option(0.0, "gamma at linear layers (0.05 suits vision transformers); 0: epsilon")
+
+    def rule(self) -> Rule:
+        check_number("gamma_convolution", self.gamma_convolution, least=0)
+        check_number("gamma_linear", self.gamma_linear, least=0)
+        if not (self.gamma_convolution or self.gamma_linear):
+            return LRPEpsilon(self.epsilon)  # the same where layers are followed by activations, and faster
+        gammas = (("convolution", self.gamma_convolution), ("linear", self.gamma_linear))
+        places = tuple((kind, Gamma(gamma) if gamma else Epsilon(self.epsilon)) for kind, gamma in gammas)
+        return Composite(places, self.stabiliser)

@@ -1,0 +1,300 @@
+"""One self-contained HTML page about a file of maps: gallery, overlays, filters, curves and tables of stored scores.
+
+The page needs no network. Whatever a file says reaches it as text: JSON that the page's script reads, or escaped HTML;
+and its content policy lets no script run but the page's own.
+"""
+
+import base64
+import hashlib
+import html
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from scipy.stats import rankdata
+
+from attrbox.errors import InputError
+from attrbox.files import whole_file
+from attrbox.maps import MapsFile, open_maps
+from attrbox.metrics.results import Evaluation
+from attrbox.plots import PERCENTILE
+from attrbox.stored import read_scores
+
+_PAGE = Path(__file__).with_name("page")
+_LINES = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2", "#bcbd22", "#444444")
+
+
+def write_report(
+    path: str | Path, out: str | Path, *, samples: int = 48, side: int = 112, title: str | None = None
+) -> Path:
+    """Write a page about a file of maps.
+
+    Args:
+        path: the file.
+        out: the page; a file that is there is replaced.
+        samples: at most so many are shown, evenly spread over those that have a map.
+        side: larger maps are averaged down to this many pixels a side.
+        title: of the page; default: the file's name.
+
+    Returns:
+        The page's path.
+
+    Raises:
+        FileError: the file cannot be read, or the page not be written.
+        InputError: the maps are not of images, or there are none.
+    """
+    with open_maps(path) as maps:
+        evaluation = read_scores(maps)
+        page = _page(maps, evaluation, samples, side, title or maps.path.name)
+    with whole_file(out) as part:
+        part.write_text(page, encoding="utf-8")
+    return Path(out)
+
+
+def _page(maps: MapsFile, evaluation: Evaluation | None, samples: int, side: int, title: str) -> str:
+    style, script = ((_PAGE / f"page.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
+    parts = {
+        "title": html.escape(title),
+        "facts": html.escape(" · ".join(_facts(maps))),
+        "scores": "" if evaluation is None else _scores(evaluation),
+        "methods": _methods(maps),
+        "style_hash": _hash(style),
+        "script_hash": _hash(script),
+        "style": style,
+        "script": script,
+        "data": _embedded(_data(maps, evaluation, samples, side)),
+    }
+    page = (_PAGE / "page.html").read_text(encoding="utf-8")
+    pieces = page.split("{{")  # cut before anything is put in, so that nothing put in is taken for a mark
+    return pieces[0] + "".join(parts[name] + rest for name, rest in (piece.split("}}", 1) for piece in pieces[1:]))
+
+
+# ------------------------------------------------------------------------------------------------------------ the data
+
+
+def _data(maps: MapsFile, evaluation: Evaluation | None, samples: int, side: int) -> dict[str, Any]:
+    for label, one in maps.items():
+        if len(one.shape) < 4:
+            raise InputError(f"Expected maps of images, [N, C, H, W], got {list(one.shape)} for {label!r}.")
+    done = {label: one.done for label, one in maps.items()}
+    some = np.flatnonzero(np.logical_or.reduce(list(done.values())))
+    if not len(some):
+        raise InputError(f"{str(maps.path)!r} has no map yet. Go on with the export first.")
+    rows = some[np.unique(np.linspace(0, len(some) - 1, min(samples, len(some))).round().astype(int))]
+    failed = {label: one.failed for label, one in maps.items()}
+    columns = {name: maps.column(name) for name in ("label", "target", "prediction", "score", "source")}
+    entries = []
+    for place in (int(row) for row in rows):
+        small = {label: _heatmap(maps, label, place, side) for label in maps if done[label][place]}
+        name = maps.ids[place]
+        entries.append(
+            {
+                "id": name,
+                "place": place,
+                "maps": {label: _png(heatmap) for label, heatmap in small.items()},
+                "photograph": _photograph(maps, place),
+                "failed": {label: reasons[name] for label, reasons in failed.items() if reasons.get(name)},
+                "disagreement": _disagreement(list(small.values())),
+                "scores": _scores_of(evaluation, place),
+                **_known(maps, columns, place),
+            }
+        )
+    return {"methods": list(maps), "metrics": list(evaluation.metrics) if evaluation else [], "samples": entries}
+
+
+def _known(maps: MapsFile, columns: Mapping[str, NDArray[Any] | None], place: int) -> dict[str, Any]:
+    """What the file knows of a sample, for the eye and for sorting."""
+    value = {name: None if column is None else column[place] for name, column in columns.items()}
+    target = value["target"]
+    first = None if target is None else np.ravel(target)[0]
+    score = None if value["score"] is None else float(np.ravel(value["score"])[0])
+    explained, predicted = _class(maps, first), _class(maps, value["prediction"])
+    facts = [
+        ("label", _class(maps, value["label"])),
+        ("predicted", predicted),
+        ("explained", explained if explained != predicted else ""),
+        ("score", "" if score is None else f"{score:.4g}"),
+    ]
+    known = [value[name] is not None for name in ("label", "prediction")]
+    return {
+        "class": explained,
+        "score": score if score is None or np.isfinite(score) else None,
+        "wrong": all(known) and str(value["label"]) != str(value["prediction"]),
+        "facts": [(name, text) for name, text in facts if text],
+    }
+
+
+def _class(maps: MapsFile, value: Any) -> str:
+    if value is None or isinstance(value, str):
+        return value or ""
+    index = int(value)
+    classes = maps.classes
+    if index < 0:
+        return ""
+    return f"{classes[index]} ({index})" if classes and index < len(classes) else f"class {index}"
+
+
+def _heatmap(maps: MapsFile, label: str, place: int, side: int) -> NDArray[Any]:
+    """A map for the eye, of the first target, averaged down, [h, w]."""
+    one = maps[label]
+    values = one[place].float()
+    values = values[0] if values.dim() > 3 else values
+    heatmap = values.amax(0) if one.attributes.get("reduction") == "max" else values.sum(0)
+    height, width = heatmap.shape
+    factor = min(1, side / max(height, width))
+    size = (max(1, round(height * factor)), max(1, round(width * factor)))
+    small: NDArray[Any] = torch.nn.functional.adaptive_avg_pool2d(heatmap[None, None], size)[0, 0].numpy()
+    return small
+
+
+def _png(heatmap: NDArray[Any]) -> str:
+    """The values from -1 to 1, in units of their own percentile, as grey levels from 1 to 255; 128 is zero."""
+    limit = float(np.percentile(np.abs(heatmap), PERCENTILE)) or float(np.abs(heatmap).max()) or 1.0
+    levels = (np.clip(heatmap / limit, -1, 1) * 127 + 128).round().astype(np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(levels).save(file, "PNG")
+    return _uri("image/png", file.getvalue())
+
+
+def _photograph(maps: MapsFile, place: int) -> str:
+    content = maps.photograph(place)
+    if content.startswith(b"\xff\xd8\xff"):
+        return _uri("image/jpeg", content)
+    return _uri("image/png", content) if content.startswith(b"\x89PNG") else ""
+
+
+def _disagreement(heatmaps: Sequence[NDArray[Any]]) -> float | None:
+    """1 - the mean rank correlation over pairs of maps of one size; None if there are no pairs."""
+    sizes = {heatmap.shape for heatmap in heatmaps}
+    varied = [heatmap for heatmap in heatmaps if np.ptp(heatmap) > 0]
+    if len(varied) < 2 or len(sizes) > 1:
+        return None
+    ranks = np.corrcoef(np.stack([rankdata(heatmap.ravel()) for heatmap in varied]))
+    return float(1 - ranks[np.triu_indices(len(varied), 1)].mean())
+
+
+def _scores_of(evaluation: Evaluation | None, place: int) -> dict[str, dict[str, float]]:
+    if evaluation is None:
+        return {}
+    found = {
+        metric: {label: float(scores[metric].values[place]) for label, scores in evaluation.items()}
+        for metric in evaluation.metrics
+    }
+    return {m: {label: value for label, value in one.items() if np.isfinite(value)} for m, one in found.items()}
+
+
+# ------------------------------------------------------------------------------------------------------------ the HTML
+
+
+def _facts(maps: MapsFile) -> list[str]:
+    attributes = maps.attributes
+    facts = [f"{maps.samples} samples, {len(maps)} methods"]
+    facts += [f"model {attributes['model']}"] if "model" in attributes else []
+    facts += [f"weights {str(attributes['weights_sha256'])[:12]}"] if "weights_sha256" in attributes else []
+    return [*facts, f"created {attributes.get('created', '')} by attrbox {attributes.get('attrbox', '')}"]
+
+
+def _methods(maps: MapsFile) -> str:
+    told = ("summary", "reference", "coverage")
+    rows = [
+        [
+            label,
+            *(one.attributes.get(name, "") for name in told),
+            ", ".join(f"{name}={value}" for name, value in one.options.items()),
+            f"{int(one.done.sum())} of {maps.samples}",
+        ]
+        for label, one in maps.items()
+    ]
+    return _table(["method", "map", "source", "non-linear operations", "options", "samples"], rows)
+
+
+def _scores(evaluation: Evaluation) -> str:
+    """A table of means with intervals, and a chart for each metric that has curves."""
+    metrics = evaluation.metrics
+    arrows = {"higher": "↑", "lower": "↓"}
+    header = [
+        "method",
+        *(f"{metric} {arrows[evaluation.by_metric(metric)[next(iter(evaluation))].better]}" for metric in metrics),
+    ]
+    rows, marked = [], set()
+    best = {metric: (*evaluation.best(metric), "")[0] for metric in metrics}
+    for line, (label, scores) in enumerate(evaluation.items()):
+        cells = [f"{label} (control)" if label in evaluation.controls else label]
+        for column, metric in enumerate(metrics, 1):
+            score = scores[metric]
+            cells.append(f"{score.mean:.3f} [{score.interval[0]:.3f}, {score.interval[1]:.3f}]")
+            if label == best[metric]:
+                marked.add((line, column))
+        rows.append(cells)
+    charts = [_chart(metric, evaluation) for metric in metrics]
+    return f"<h2>Scores</h2>{_table(header, rows, marked)}{''.join(charts)}"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[Any]], marked: set[tuple[int, int]] = frozenset()) -> str:  # type: ignore[assignment]
+    head = "".join(f'<th scope="col">{html.escape(str(cell))}</th>' for cell in header)
+    lines = []
+    for i, row in enumerate(rows):
+        cells = [
+            f"<td{' class=best' if (i, j) in marked else ''}>{html.escape(str(cell))}</td>"
+            for j, cell in enumerate(row)
+        ]
+        lines.append(f"<tr>{''.join(cells)}</tr>")
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+
+
+def _chart(metric: str, evaluation: Evaluation) -> str:
+    """The mean curves of all methods, as SVG."""
+    scores = {label: score for label, score in evaluation.by_metric(metric).items() if score.curves is not None}
+    lines = {
+        label: (np.asarray(score.fractions), np.asarray(score.mean_curve))
+        for label, score in scores.items()
+        if score.fractions is not None and bool((~score.left_out).any())
+    }
+    if not lines:
+        return ""
+    xs = np.concatenate([x for x, _ in lines.values()])
+    ys = np.concatenate([y for _, y in lines.values()])
+    left, right, low, high = xs.min(), xs.max(), np.nanmin(ys), np.nanmax(ys)
+    width, height = max(right - left, 1e-12), max(high - low, 1e-12)
+    parts = []
+    for index, (label, (x, y)) in enumerate(lines.items()):
+        points = " ".join(
+            f"{50 + 400 * (a - left) / width:.1f},{230 - 200 * (b - low) / height:.1f}"
+            for a, b in zip(x, y, strict=True)
+            if np.isfinite(b)
+        )
+        colour, dash = _LINES[index % len(_LINES)], "" if index < len(_LINES) else ' stroke-dasharray="4 3"'
+        parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.5"{dash}/>')
+        parts.append(f'<text x="465" y="{28 + 13 * index}" fill="{colour}">{html.escape(label)}</text>')
+    axis = html.escape(next(iter(scores.values())).axis)
+    ticks = [(50, 246, "start", left), (450, 246, "end", right)]
+    parts += [f'<text x="{x}" y="{y}" text-anchor="{anchor}">{value:.3g}</text>' for x, y, anchor, value in ticks]
+    parts += [f'<text x="45" y="{y}" text-anchor="end">{v:.3g}</text>' for y, v in ((234, low), (34, high))]
+    name = html.escape(metric)
+    tall = max(265, 40 + 13 * len(lines))
+    return (
+        f"<h3>{name}</h3>"
+        f'<svg viewBox="0 0 640 {tall}" role="img" aria-label="mean curves of {name}" font-size="11">'
+        f'<path d="M50 30V230H450" fill="none" stroke="#888"/>{"".join(parts)}'
+        f'<text x="250" y="260" text-anchor="middle">{axis}</text></svg>'
+    )
+
+
+def _hash(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def _uri(kind: str, content: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def _embedded(value: Any) -> str:
+    """JSON that no HTML parser reads as a tag or a comment."""
+    text = json.dumps(value, ensure_ascii=True, allow_nan=False)
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

@@ -1,0 +1,297 @@
+"""Rules of layer-wise relevance propagation at convolutions and linear layers.
+
+A layer y = A(x; w, b) passes the relevance R = y * G that reaches its output on to its input through one or more flows.
+A flow is a layer of the same form with other inputs u and weights v, several of which may add up:
+
+    z = sum_t A(u_t; v_t, b_t),     S = share * R / (z + epsilon sign(z)),     R_x = sum_t u_t * A^T(v_t) S
+
+    epsilon      u = x, v = w                                              Bach et al., PLoS ONE 2015, equation 58
+    alpha-beta   positive products x+ w+ + x- w-, share alpha;             ibid., equation 60
+                 negative ones x+ w- + x- w+, share -beta
+    z+           alpha 1, beta 0                                           Montavon et al., Pattern Recognition 2017
+    gamma        where y > 0, x+ (w + gamma w+) + x- (w + gamma w-);       Montavon et al. 2019, section 10.2.1;
+                 where y < 0, x+ (w + gamma w-) + x- (w + gamma w+)        for inputs of both signs Andeol et al. 2021
+    z-box        x w - low w+ - high w-, for pixels between low and high   Montavon et al. 2017, section 4.3
+    w-square     u = 1, v = w^2                                            ibid., section 4.1
+    flat         u = 1, v = 1                                              Lapuschkin et al. 2019
+
+x+ and w+ are the positive, x- and w- the negative parts. The bias counts as one more input of 1; it keeps its share.
+
+Relevance travels as gradient, G_x = R_x / x. The last three rules give relevance to inputs of 0 as well: there the
+quotient is taken by `nonzero(x)`, and whoever multiplies by the input does so by the same.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from attrbox.engine.site import Site
+from attrbox.errors import OptionError
+
+
+def nonzero(x: Tensor) -> Tensor:
+    """x, and where it is 0, a number so small that it is lost in any sum."""
+    return torch.where(x == 0, torch.finfo(x.dtype).tiny ** 0.5, x)
+
+
+@dataclass(frozen=True, eq=False)
+class Term:
+    """One u with its A(u; v, b), and what u is in units of x (None: apart from x)."""
+
+    input: Tensor
+    output: Tensor
+    ratio: Tensor | float | None
+    bias: Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class Flow:
+    """Terms that share relevance; `share` of it is theirs."""
+
+    terms: tuple[Term, ...]
+    share: Tensor | float = 1.0
+
+    @property
+    def total(self) -> Tensor:
+        """z."""
+        return sum((term.output for term in self.terms[1:]), self.terms[0].output)
+
+
+@dataclass(frozen=True, eq=False)
+class Losses:
+    """Relevance that a layer keeps: its bias's share, the stabiliser's, and that of outputs without products to pass
+    it on to (all of them clamped away)."""
+
+    bias: Tensor
+    stabiliser: Tensor
+    clamp: Tensor
+
+
+class Layer:
+    """A site of a layer, taken apart for rules."""
+
+    def __init__(self, site: Site) -> None:
+        self.x = site.input
+        self.weight: Tensor = site.options["weight"].to(self.x.dtype)
+        self.bias: Tensor | None = site.options["bias"]
+        self.nonnegative: bool = site.options["nonnegative"]
+        self._apply: Callable[[Tensor, Tensor, Tensor | None], Tensor] = site.options["apply"]
+        self.plain = self.term(self.x, self.weight, self.bias, 1.0)
+
+    def term(self, u: Tensor, weight: Tensor, bias: Tensor | None, ratio: Tensor | float | None) -> Term:
+        u = u if u.requires_grad and torch.is_grad_enabled() else u.detach().requires_grad_()
+        with torch.enable_grad():
+            return Term(u, self._apply(u, weight, bias), ratio, bias)
+
+    def signed(self, up: Tensor, down: Tensor, bias: Tensor | None) -> tuple[Term, ...]:
+        """x+ `up` + x- `down`; the second term only where x may be negative."""
+        if self.nonnegative:
+            return (self.term(self.x, up, bias, 1.0),)
+        positive = self.x > 0
+        return (
+            self.term(self.x.clamp(min=0), up, bias, positive.to(self.x.dtype)),
+            self.term(self.x.clamp(max=0), down, None, (~positive).to(self.x.dtype)),
+        )
+
+
+class LayerRule(ABC):
+    """How a layer passes relevance on: frozen dataclasses with their options."""
+
+    divides: ClassVar[bool] = False  # whether it gives relevance to inputs of 0
+
+    @abstractmethod
+    def flows(self, layer: Layer) -> tuple[Flow, ...]:
+        """The flows of a layer."""
+
+    def propagate(self, site: Site, grad_output: Tensor, stabiliser: float) -> Tensor:
+        """G_x of G_y."""
+        layer = Layer(site)
+        gradient = torch.zeros_like(layer.x)
+        for flow, passed in self._passed(layer, grad_output, stabiliser):
+            inputs = [term.input for term in flow.terms]
+            found = torch.autograd.grad(
+                [term.output for term in flow.terms],
+                inputs,
+                [passed] * len(inputs),
+                create_graph=torch.is_grad_enabled(),
+                retain_graph=True,
+            )
+            for term, pulled in zip(flow.terms, found, strict=True):
+                ratio = term.input / nonzero(layer.x) if term.ratio is None else term.ratio
+                gradient = gradient + (pulled if isinstance(ratio, float) else ratio * pulled)
+        return gradient
+
+    def _passed(self, layer: Layer, grad_output: Tensor, stabiliser: float) -> Iterator[tuple[Flow, Tensor]]:
+        """The flows, and S of each."""
+        relevance = grad_output * layer.plain.output
+        for flow in self.flows(layer):
+            yield flow, flow.share * relevance / stabilised(flow.total, self.stabiliser(stabiliser))
+
+    def losses(self, site: Site, grad_output: Tensor, stabiliser: float) -> Losses:
+        """What the layer keeps, of the shape of its output."""
+        layer = Layer(site)
+        relevance = grad_output * layer.plain.output
+        bias, small, clamp = (torch.zeros_like(grad_output) for _ in range(3))
+        unclaimed = relevance
+        for flow, passed in self._passed(layer, grad_output, stabiliser):
+            kept = flow.share * relevance - passed * flow.total
+            clamp = clamp + torch.where(flow.total == 0, kept, 0.0)
+            small = small + torch.where(flow.total == 0, 0.0, kept)
+            unclaimed = unclaimed - flow.share * relevance
+            for term in flow.terms:
+                if term.bias is not None:
+                    last = site.kind == "linear"
+                    shape = (-1,) if last else (-1, *(1,) * (grad_output.dim() - 2))
+                    bias = bias + passed * term.bias.view(shape)
+        return Losses(bias, small, clamp + unclaimed)
+
+    def stabiliser(self, default: float) -> float:
+        """The epsilon of the denominators."""
+        return default
+
+
+def stabilised(z: Tensor, epsilon: float) -> Tensor:
+    """z + epsilon sign(z), sign(0) = 1, sign(-0) = -1."""
+    return z + torch.copysign(z.new_tensor(epsilon), z)
+
+
+def _positive(values: Tensor | None) -> Tensor | None:
+    return None if values is None else values.clamp(min=0)
+
+
+def _negative(values: Tensor | None) -> Tensor | None:
+    return None if values is None else values.clamp(max=0)
+
+
+@dataclass(frozen=True)
+class Epsilon(LayerRule):
+    """R_x = x A^T(w) R / (y + epsilon sign(y)); epsilon in units of the layer's output."""
+
+    epsilon: float = 1e-6
+
+    def __post_init__(self) -> None:
+        _check("epsilon", self.epsilon)
+
+    def flows(self, layer: Layer) -> tuple[Flow, ...]:
+        return (Flow((layer.plain,)),)
+
+    def stabiliser(self, default: float) -> float:
+        return self.epsilon
+
+
+@dataclass(frozen=True)
+class AlphaBeta(LayerRule):
+    """alpha of the positive products, -beta of the negative ones; alpha - beta = 1."""
+
+    alpha: float = 2.0
+    beta: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check("alpha", self.alpha)
+        _check("beta", self.beta, zero=True)
+        if not math.isclose(self.alpha - self.beta, 1.0):
+            raise OptionError(f"Expected alpha - beta = 1, so that relevance is conserved, got {self}.")
+
+    def flows(self, layer: Layer) -> tuple[Flow, ...]:
+        up, down = layer.weight.clamp(min=0), layer.weight.clamp(max=0)
+        positive = Flow(layer.signed(up, down, _positive(layer.bias)), self.alpha)
+        if not self.beta:
+            return (positive,)
+        return positive, Flow(layer.signed(down, up, _negative(layer.bias)), -self.beta)
+
+
+@dataclass(frozen=True)
+class ZPlus(AlphaBeta):
+    """The positive products alone: alpha 1, beta 0."""
+
+    alpha: float = 1.0
+    beta: float = 0.0
+
+
+@dataclass(frozen=True)
+class ExcitationBackprop(LayerRule):
+    """z+ without the bias (Zhang et al., ECCV 2016, equation 5): all relevance stays with the inputs."""
+
+    def flows(self, layer: Layer) -> tuple[Flow, ...]:
+        return (Flow(layer.signed(layer.weight.clamp(min=0), layer.weight.clamp(max=0), None)),)
+
+
+@dataclass(frozen=True)
+class Gamma(LayerRule):
+    """Positive products weighted by 1 + gamma where the output is positive, negative ones where it is negative."""
+
+    gamma: float = 0.25
+
+    def __post_init__(self) -> None:
+        _check("gamma", self.gamma, zero=True)
+
+    def flows(self, layer: Layer) -> tuple[Flow, ...]:
+        w, b, y = layer.weight, layer.bias, layer.plain.output
+        up, down = w + self.gamma * w.clamp(min=0), w + self.gamma * w.clamp(max=0)
+        biases = (None, None) if b is None else (b + self.gamma * b.clamp(min=0), b + self.gamma * b.clamp(max=0))
+        return (
+            Flow(layer.signed(up, down, biases[0]), (y > 0).to(y.dtype)),
+            Flow(layer.signed(down, up, biases[1]), (y < 0).to(y.dtype)),
+        )
+
+
+@dataclass(frozen=True)
+class ZBox(LayerRule):
+    """For pixels between `low` and `high`: numbers, or one per channel; None: of each image, per channel."""
+
+    low: float | Sequence[float] | None = None
+    high: float | Sequence[float] | None = None
+    divides = True
+
+    def flows(self, layer: Layer) -> tuple[Flow, ...]:
+        x, w, b = layer.x, layer.weight, layer.bias
+        axes = tuple(range(2, x.dim()))
+        low = x.amin(axes, keepdim=True) if self.low is None else _per_channel(self.low, x)
+        high = x.amax(axes, keepdim=True) if self.high is None else _per_channel(self.high, x)
+        box = (
+            layer.term(-low.detach().expand_as(x), w.clamp(min=0), None if b is None else -_some(_positive(b)), None),
+            layer.term(-high.detach().expand_as(x), w.clamp(max=0), None if b is None else -_some(_negative(b)), None),
+        )
+        return (Flow((layer.plain, *box)),)
+
+
+@dataclass(frozen=True)
+class WSquare(LayerRule):
+    """By the squares of the weights, whatever the input."""
+
+    divides = True
+
+    def flows(self, layer: Layer) -> tuple[Flow, ...]:
+        bias = None if layer.bias is None else layer.bias**2
+        return (Flow((layer.term(torch.ones_like(layer.x), layer.weight**2, bias, None),)),)
+
+
+@dataclass(frozen=True)
+class Flat(LayerRule):
+    """To all inputs of an output alike."""
+
+    divides = True
+
+    def flows(self, layer: Layer) -> tuple[Flow, ...]:
+        return (Flow((layer.term(torch.ones_like(layer.x), torch.ones_like(layer.weight), None, None),)),)
+
+
+def _per_channel(bound: float | Sequence[float], x: Tensor) -> Tensor:
+    values = torch.as_tensor(bound, dtype=x.dtype, device=x.device)
+    return values.view(-1, *(1,) * (x.dim() - 2))[None]
+
+
+def _some(values: Tensor | None) -> Tensor:
+    assert values is not None
+    return values
+
+
+def _check(name: str, value: Any, zero: bool = False) -> None:
+    valid = isinstance(value, int | float) and math.isfinite(value) and (value > 0 or (zero and value == 0))
+    if not valid:
+        raise OptionError(f"Expected {name} to be a number {'>= 0' if zero else '> 0'}, got {value!r}.")

@@ -1,0 +1,178 @@
+"""The commands export, inspect, evaluate, report and configs: what they write, print, and exit with."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from test_cli import TINY, run
+
+import attrbox
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for index, colour in enumerate(("red", "green", "blue", "white")):
+        image = Image.new("RGB", (20, 16), colour)
+        image.paste("grey", (2 * index, 3, 9 + index, 12))
+        image.save(folder / f"{colour}.png")
+    return folder
+
+
+@pytest.fixture
+def exported(pictures: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "maps.h5"
+    done = run("export", pictures, "--model", TINY, "-m", "saliency,IG:steps=3", "--out", path)
+    assert done.exit_code == 0, done.output
+    return path
+
+
+@pytest.mark.parametrize("command", ["export", "inspect", "evaluate", "report", "configs"])
+def test_help_has_an_example(command: str) -> None:
+    result = run(command, "--help")
+    assert result.exit_code == 0
+    assert f"attrbox {command}" in result.output.split("Example")[1]
+
+
+def test_export_and_again(pictures: Path, exported: Path) -> None:
+    with attrbox.open_maps(exported) as maps:
+        assert list(maps) == ["saliency", "integrated_gradients"]
+        assert maps.classes == ["red", "green", "blue"]
+        assert f'name = "{TINY}"' in maps.attributes["config"]
+    again = run("export", pictures, "--model", TINY, "-m", "saliency,IG:steps=3,random", "--out", exported, "--json")
+    summary = json.loads(again.output)
+    assert summary["maps"] == 4
+    assert summary["complete"]
+    assert summary["done"] == {"saliency": 4, "integrated_gradients": 4, "random": 4}
+
+
+def test_export_of_a_broken_image_tells_and_exits_with_1(pictures: Path, tmp_path: Path) -> None:
+    (pictures / "bro\x1b[31mken.png").write_bytes(b"no picture")
+    done = run("export", pictures, "--model", TINY, "-m", "saliency", "--out", tmp_path / "maps.h5")
+    assert done.exit_code == 1
+    assert "4 of 5 samples" in done.output
+    assert "no map of" in done.output
+    assert "\x1b" not in done.output
+
+
+def test_export_by_a_config(pictures: Path, tmp_path: Path) -> None:
+    config = tmp_path / "config.toml"
+    config.write_text(
+        f'methods = ["saliency"]\n[model]\nname = "{TINY}"\n[data]\npath = "{pictures}"\nresize = 8\ncrop = 8\n'
+        f'[output]\npath = "{tmp_path}/maps.h5"\n[run]\nseed = 3\ntarget = "green"\n'
+    )
+    refused = run("export", "--config", config)
+    assert refused.exit_code == 2
+    assert "--trust" in refused.stderr
+    done = run("export", "--config", config, "--trust", "--set", "run.seed=4", "--dtype", "float16")
+    assert done.exit_code == 0, done.output
+    with attrbox.open_maps(tmp_path / "maps.h5") as maps:
+        assert maps["saliency"].shape == (4, 3, 8, 8)
+        assert str(maps["saliency"].dtype) == "float16"
+        assert maps["saliency"].attributes["seed"] == 4
+        assert maps.column("target").tolist() == [1] * 4
+        printed = run("inspect", tmp_path / "maps.h5", "--config").output
+        assert "seed = 4" in printed
+        assert printed.strip() == maps.attributes["config"].strip()
+
+
+def test_inspect(exported: Path) -> None:
+    done = run("inspect", exported, "--verify")
+    assert done.exit_code == 0
+    for text in ("4 samples", "integrated_gradients: 4 of 4 done", "steps=3", "model: tiny", "verified"):
+        assert text in done.output
+    record = json.loads(run("inspect", exported, "--json").output)
+    assert record["methods"]["integrated_gradients"]["options"]["steps"] == 3
+    assert record["settings"]["samples"] == 4
+    assert "damage" not in record
+    content = bytearray(exported.read_bytes())
+    with attrbox.open_maps(exported) as maps:
+        place = maps["saliency"].dataset.id.get_chunk_info(0).byte_offset
+    content[place + 1200 : place + 1204] = b"\x01\x02\x03\x04"
+    exported.write_bytes(content)
+    damaged = run("inspect", exported, "--verify")
+    assert damaged.exit_code == 1
+    assert "DAMAGED: saliency, sample 'blue'" in damaged.output
+
+
+def test_evaluate_and_report(pictures: Path, exported: Path, tmp_path: Path) -> None:
+    refused = run("evaluate", exported)
+    assert refused.exit_code == 2
+    assert "--trust" in refused.stderr
+    done = run("evaluate", exported, "--trust", "--metrics", "morf,sparseness", "--csv", tmp_path / "scores.csv")
+    assert done.exit_code == 0, done.output
+    assert "sparseness" in done.output
+    assert "4 samples measured" in done.output
+    assert (tmp_path / "scores.csv").read_text().count("\n") == 9
+    some = run("evaluate", exported, "--trust", "--metrics", "complexity", "--samples", "2", "--json")
+    record = json.loads(some.output)
+    assert record["samples"] == 2
+    assert {row["metric"] for row in record["scores"]} == {"complexity"}
+    assert json.loads(run("inspect", exported, "--json").output)["scores"] == ["complexity", "morf", "sparseness"]
+    told = run("report", exported)
+    assert told.exit_code == 0
+    assert "morf" in exported.with_suffix(".html").read_text()
+    Image.new("RGB", (20, 16), "black").save(pictures / "red.png")
+    changed = run("evaluate", exported, "--trust", "--metrics", "morf")
+    assert changed.exit_code == 2
+    assert "'red'" in changed.stderr
+
+
+def test_scores_do_not_depend_on_how_many_are_read_at_once(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for size in (64, 3):
+        monkeypatch.setattr("attrbox.measuring._AT_ONCE", size)
+        found.append(json.loads(run("evaluate", exported, "--trust", "--metrics", "morf", "--json").output)["scores"])
+    assert [row["mean"] for row in found[0]] == pytest.approx([row["mean"] for row in found[1]], rel=1e-5)
+
+
+def test_configs(tmp_path: Path) -> None:
+    assert "seed = 0" in run("configs").output
+    keys = json.loads(run("configs", "--json").output)
+    assert {"table": "run", "key": "seed", "default": 0} in [
+        {k: v for k, v in key.items() if k != "help"} for key in keys
+    ]
+    (tmp_path / "x.toml").write_text("[run]\nsede = 1\n")
+    wrong = run("configs", tmp_path / "x.toml")
+    assert wrong.exit_code == 2
+    assert "line 2" in wrong.stderr
+    assert "seed = 5" in run("configs", "--set", "run.seed=5").output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["export"], "give images"),
+        (["export", "missing"], "there is no 'missing'"),
+        (["export", "{empty}", "--model", TINY], "Expected images in the folder"),
+        (["export", "{text}", "--model", TINY], "None of the 1 samples"),
+        (["export", "{pictures}", "--model", TINY, "--dtype", "int8"], "dtype"),
+        (["export", "{pictures}", "--model", TINY, "--target", "rad"], "Did you mean 'red'"),
+        (["export", "{pictures}", "--model", TINY, "--target", "7"], "from 0 to 2"),
+        (["export", "{pictures}", "--model", TINY, "--device", "abacus"], "abacus"),
+        (["export", "{pictures}", "--model", TINY, "--out", "{text}"], "broken"),
+        (["export", "{pictures}", "--model", TINY, "--config", "none.toml"], "Cannot read the config"),
+        (["inspect", "none.h5"], "there is no 'none.h5'"),
+        (["inspect", "{text}"], "no HDF5 file"),
+        (["evaluate", "none.h5"], "there is no 'none.h5'"),
+        (["report", "{text}"], "no HDF5 file"),
+    ],
+)
+def test_mistakes_are_told_without_a_traceback(
+    arguments: list[str], message: str, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.txt").write_text("text")
+    places = {"{empty}": "empty", "{pictures}": "pictures", "{text}": "text.txt"}
+    before = sorted(os.listdir(tmp_path))
+    result = run(*(places.get(argument, argument) for argument in arguments))
+    assert result.exit_code == 2, result.output
+    assert message in " ".join(result.stderr.split())
+    assert "Traceback" not in result.stderr
+    assert sorted(os.listdir(tmp_path)) in (before, sorted([*before, "out"]))
+    assert (tmp_path / "text.txt").read_text() == "text"
+    assert not list(tmp_path.glob("out/*"))

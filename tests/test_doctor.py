@@ -1,0 +1,222 @@
+"""The doctor's verdicts, strict mode, and models written in other styles than torchvision's."""
+
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+from nets import TRANSFORMERS, images, relu_net, residual_net, seeded, vector_net
+from snapshots import nothing_changes
+from torch import Tensor, nn
+from typer.testing import CliRunner
+
+import attrbox
+from attrbox.cli import app
+from attrbox.errors import ForwardError, InputError, UnknownNameError, UnsupportedModelError
+
+X = images(2, 3, 8, 8)
+
+
+# ----------------------------------------------------------------------------------------------- models of other styles
+
+
+class Lambdas(nn.Module):
+    """Operations kept in lists and methods, weights in plain parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = nn.ParameterList([nn.Parameter(torch.randn(3 * 64, 12) / 14), nn.Parameter(torch.randn(12, 4))])
+        self.steps = [lambda z: z @ self.weights[0], self.squash, lambda z: z.matmul(self.weights[1])]
+
+    def squash(self, z: Tensor) -> Tensor:
+        return z.clamp(min=0) + 0.1 * z.abs().sqrt()
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = x.flatten(1)
+        for step in self.steps:
+            z = step(z)
+        return z
+
+
+class Reused(nn.Module):
+    """One layer, one activation and one norm, used again and again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside, self.layer, self.norm = (
+            nn.Conv2d(3, 4, 3, padding=1),
+            nn.Conv2d(4, 4, 3, padding=1),
+            nn.GroupNorm(2, 4),
+        )
+        self.act, self.head = nn.GELU(), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inside(x)
+        for _ in range(3):
+            x = self.act(self.norm(self.layer(x)))
+        return self.head(x.amax((2, 3)))
+
+
+class InPlace(Reused):
+    """Residuals added, scaled and clipped in place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.inside(x), inplace=True)
+        for _ in range(2):
+            y = self.layer(x)
+            y *= 0.5
+            y += x
+            y.relu_()
+            x = y / (y.mean((1, 2, 3), keepdim=True) + 1)
+        return self.head(x.mean((2, 3)))
+
+
+class Dictionary(Reused):
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        features = self.inside(x).relu()
+        return {"features": features, "logits": self.head(features.mean((2, 3)))}
+
+
+class Logits(Reused):
+    """As Hugging Face's: an object with `.logits`."""
+
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> types.SimpleNamespace:
+        tokens = self.inside(pixel_values).flatten(2).transpose(1, 2)
+        tokens = tokens + F.scaled_dot_product_attention(tokens, tokens, F.layer_norm(tokens, (4,)))
+        return types.SimpleNamespace(loss=None, logits=self.head(tokens.mean(1)), hidden_states=(tokens,))
+
+
+class SeveralInputs(nn.Module):
+    """Called with one: the others are fixed by a wrapper."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside, self.other, self.head = nn.Conv2d(3, 4, 3), nn.Linear(5, 4), nn.Linear(4, 4)
+        self.register_buffer("context", torch.randn(1, 5))
+
+    def joined(self, x: Tensor, context: Tensor) -> Tensor:
+        return self.inside(x).relu().mean((2, 3)) * self.other(context).sigmoid()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.joined(x, self.context))
+
+
+class Recurrent(nn.Module):
+    """The same cell over the rows of an image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.head = nn.GRUCell(24, 6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = x.new_zeros(len(x), 6)
+        for row in x.transpose(1, 2).flatten(2).unbind(1):
+            state = self.cell(row, state)
+        return self.head(state)
+
+
+STYLES = {
+    "lambdas": Lambdas,
+    "reused": Reused,
+    "in place": InPlace,
+    "dictionary": Dictionary,
+    "logits": Logits,
+    "several inputs": SeveralInputs,
+    "recurrent": Recurrent,
+}
+CAM = {"grad_cam", "guided_grad_cam", "grad_cam_plus_plus", "layer_cam"}
+ROLLOUT = {"attention_rollout", "gradient_rollout"}
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_models_of_other_styles(style):
+    model = seeded(STYLES[style])
+    with nothing_changes(model, X):
+        diagnosis = attrbox.doctor(model, X)
+    assert not diagnosis.unknown
+    for finding in diagnosis.findings:
+        if finding.method in ROLLOUT and style != "logits":
+            assert finding.verdict == "refused"
+        elif finding.method in CAM and style in ("lambdas", "recurrent"):
+            assert finding.verdict == "refused"
+            assert "no spatial feature map" in finding.reason
+        elif not finding.method.startswith("learned"):
+            assert finding.verdict == "exact", finding
+    for baseline in (0.0, images(3, 8, 8, seed=5), images(2, 3, 8, 8, seed=6)):
+        maps = attrbox.explain(model, X, "deeplift", target=1, baseline=baseline, strict=True)
+        assert (maps.gap.abs() / maps.values.abs().flatten(1).sum(1)).max() < 1e-10
+    whole = attrbox.explain(model, X, "deeplift", target=1).values
+    torch.testing.assert_close(attrbox.explain(model, X[:1], "deeplift", target=1).values, whole[:1])
+
+
+# ----------------------------------------------------------------------------------------------------------- the doctor
+
+
+class Unknown(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.atan(self.inside(x).relu()).mean((2, 3)))
+
+
+def test_what_is_not_understood_makes_a_verdict_approximate_and_strict_refuses_it():
+    model = seeded(Unknown)
+    diagnosis = attrbox.doctor(model, X)
+    assert diagnosis.unknown == {"atan": 1}
+    assert diagnosis.operations["relu"] == 1
+    assert diagnosis["deeplift"].verdict == "approximate"
+    assert "atan" in diagnosis["deeplift"].reason
+    assert diagnosis["saliency"].verdict == "exact"
+    assert "Not understood: 1 atan." in diagnosis.table()
+    for call in (
+        lambda: attrbox.explain(model, X, "deeplift", strict=True),
+        lambda: attrbox.compare(model, X, ["saliency", "guided_backprop"], strict=True),
+    ):
+        with pytest.raises(UnsupportedModelError, match="atan"):
+            call()
+    assert attrbox.explain(model, X, "saliency", strict=True).values.isfinite().all()
+
+
+def test_the_doctors_table():
+    diagnosis = attrbox.doctor(residual_net(), X, ["deeplift", "e-LRP", "attention_rollout", "saliency"])
+    assert [finding.verdict for finding in diagnosis.findings] == ["exact", "exact", "refused", "exact"]
+    assert "complete to" in diagnosis["deeplift"].reason
+    assert "absorb" in diagnosis["lrp_epsilon"].reason
+    table = diagnosis.table()
+    assert table.startswith("Non-linear operations: 5 relu.")
+    assert table.count("\n") == 7
+
+
+def test_every_method_that_looks_inside_is_tried():
+    found = {finding.method for finding in attrbox.doctor(TRANSFORMERS["vit"](), images(1, 3, 16, 16)).findings}
+    assert {"saliency", "deeplift", "guided_backprop", "epsilon_plus", "attn_lrp", "attention_rollout"} | CAM <= found
+    assert not found & {"occlusion", "rise", "smoothgrad", "random"}
+
+
+def test_an_incomplete_rule_is_found_out(monkeypatch):
+    from attrbox.rules import deeplift
+
+    monkeypatch.setitem(deeplift._EXACT, "norm", lambda site, grad: site.true_gradient(grad))
+    diagnosis = attrbox.doctor(TRANSFORMERS["vit"](), images(1, 3, 16, 16), ["deeplift"])
+    assert diagnosis["deeplift"].verdict == "approximate"
+
+
+def test_bad_input_and_models_that_do_not_run():
+    with pytest.raises(InputError, match="floating-point"):
+        attrbox.doctor(relu_net(), torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
+    with pytest.raises(ForwardError):
+        attrbox.doctor(relu_net(), images(1, 5))
+    with pytest.raises(UnknownNameError):
+        attrbox.doctor(relu_net(), X, ["deeplfit"])
+    assert attrbox.doctor(vector_net(), images(1, 7), ["grad_cam"])["grad_cam"].verdict == "refused"
+
+
+def test_the_command():
+    result = CliRunner().invoke(app, ["doctor", "torchvision:squeezenet1_1", "--weights", "none", "--size", "48"])
+    assert result.exit_code == 0, result.output
+    assert "| deeplift | exact | complete to" in result.output
+    assert "| attention_rollout | refused |" in result.output
+    missing = CliRunner().invoke(app, ["doctor", "torchvision:squeezenet9"])
+    assert missing.exit_code == 2

@@ -1,0 +1,235 @@
+"""A journaled file is in one committed state or the next, wherever it is cut off."""
+
+import errno
+import os
+import random
+import signal
+import warnings
+
+import h5py
+import numpy as np
+import pytest
+
+from attrbox import journal as module
+from attrbox.errors import FileError
+from attrbox.journal import Journal, Transactions, is_being_written, journal_of, recover
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda file: None)
+
+
+@pytest.fixture
+def path(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(bytes(range(256)) * 40)  # 2.5 pages
+    return path
+
+
+def change(file, rng):
+    """A few writes within and beyond the file, and perhaps a cut; on a file object as on a BytesIO."""
+    for _ in range(rng.randrange(1, 6)):
+        size = file.seek(0, os.SEEK_END)
+        file.seek(rng.randrange(size + 1))
+        file.write(rng.randbytes(rng.choice([1, 100, 5000])))
+    if rng.random() < 0.3:
+        file.truncate(rng.randrange(1000, 20_000))
+
+
+def whole(file):
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    return file.read(size)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_it_reads_as_written_and_changes_by_commit_alone(path, tmp_path, seed):
+    twin_path = tmp_path / "twin"
+    twin_path.write_bytes(path.read_bytes())
+    committed = path.read_bytes()
+    with Journal(path) as right, Transactions(right) as file, open(twin_path, "r+b") as twin:
+        for step in range(6):
+            change(file, random.Random(100 * seed + step))
+            change(twin, random.Random(100 * seed + step))
+            assert whole(file) == whole(twin)
+            file.seek(3000)
+            twin.seek(3000)
+            assert file.read(2500) == twin.read(2500)
+            assert path.read_bytes()[: len(committed)] == committed
+            file.commit()
+            committed = whole(twin)
+            assert path.read_bytes() == committed
+        change(file, random.Random(seed))
+    assert path.read_bytes() == committed  # what was not committed is lost, and takes no space
+    assert not journal_of(path).exists()
+
+
+class Dead(BaseException):
+    """The process is no more."""
+
+
+class Disk:
+    """Dies, or is full, at the n-th thing done to it, half way through a write."""
+
+    def __init__(self, monkeypatch, last, error=None):
+        self.left, self.error = last, error
+        for where, name in ((module, "_write_all"), (os, "ftruncate"), (os, "fsync")):
+            monkeypatch.setattr(where, name, self.failing(getattr(where, name), name == "_write_all"))
+
+    def failing(self, function, writes):
+        def attempt(file, *rest):
+            self.left -= 1
+            if self.left < 0 and self.error is None:
+                raise Dead
+            if self.left == 0:
+                if writes:
+                    function(file, rest[0][: len(rest[0]) // 2])
+                raise self.error or Dead
+            return function(file, *rest)
+
+        return attempt
+
+
+def states(path, tmp_path):
+    """What the file holds after each of three commits."""
+    copy = tmp_path / "copy"
+    copy.write_bytes(path.read_bytes())
+    found = [copy.read_bytes()]
+    with Journal(copy) as right, Transactions(right) as file:
+        for step in range(3):
+            change(file, random.Random(step))
+            file.commit()
+            found.append(copy.read_bytes())
+    return found
+
+
+def test_wherever_it_dies_it_has_the_state_before_or_after(path, tmp_path):
+    known = states(path, tmp_path)
+    seen = []
+    for last in range(1, 200):
+        path.write_bytes(known[0])
+        done = 0
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            right = Journal(path)
+            file = Transactions(right)
+            disk = Disk(monkeypatch, last)
+            try:
+                for step in range(3):
+                    change(file, random.Random(step))
+                    file.commit()
+                    done = step + 1
+            except Dead:
+                pass
+            file._file.close()  # as the system does for the dead: no more than that
+            right._file.close()
+            file._discarding = True
+            survived = disk.left > 0
+        recover(path)
+        content = path.read_bytes()
+        state = next((n for n in (done, done + 1) if n < 4 and content[: len(known[n])] == known[n]), None)
+        assert state is not None, f"after {last} operations the file is in no known state"
+        seen.append(state)
+        file.close = lambda: None
+        # And it goes on from there.
+        with Journal(path) as right, Transactions(right) as file:
+            file.truncate(len(known[state]))
+            for step in range(state, 3):
+                change(file, random.Random(step))
+                file.commit()
+        assert path.read_bytes() == known[3]
+        journal_of(path).unlink(missing_ok=True)
+        if survived:
+            break
+    else:
+        pytest.fail("never ran to its end")
+    assert set(seen) == {0, 1, 2, 3}
+    assert len(seen) > 20
+
+
+def test_wherever_the_disk_is_full_the_file_keeps_its_state(path, tmp_path):
+    known = states(path, tmp_path)
+    for last in range(1, 200):
+        path.write_bytes(known[0])
+        done, failed = 0, False
+        with pytest.MonkeyPatch.context() as monkeypatch, Journal(path) as right:
+            file = Transactions(right)
+            Disk(monkeypatch, last, OSError(errno.ENOSPC, "No space left on device"))
+            try:
+                for step in range(3):
+                    change(file, random.Random(step))
+                    file.commit()
+                    done = step + 1
+            except OSError:
+                failed = True
+            file.close()
+        recover(path)
+        content = path.read_bytes()
+        assert any(content[: len(known[n])] == known[n] for n in (done, done + 1) if n < 4)
+        journal_of(path).unlink(missing_ok=True)
+        if not failed and done == 3:
+            break
+    else:
+        pytest.fail("never ran to its end")
+    assert last > 20
+
+
+def test_hdf5_lives_in_it(path):
+    path.unlink()
+    with h5py.File(path, "w") as file:
+        file.create_dataset("maps", (100, 50), "f4", chunks=(1, 50))
+    with Journal(path) as right, Transactions(right) as raw, h5py.File(raw, "r+") as file:
+        file["maps"][3] = 7
+        file["names"] = ["a", "ü"]
+        file.flush()
+        raw.commit()
+        file["maps"][4] = 8
+        file["more"] = 1
+        file.flush()
+        with h5py.File(path) as seen:  # by any reader of HDF5, between two commits
+            assert set(seen) == {"maps", "names"}
+            assert seen["maps"][:, 0].tolist() == [0, 0, 0, 7] + [0] * 96
+        raw.discard()
+    with h5py.File(path) as seen:
+        assert set(seen) == {"maps", "names"}
+        assert np.all(seen["maps"][3] == 7)
+
+
+def test_the_second_writer_is_refused_and_the_dead_leave_no_lock(path):
+    with Journal(path):
+        assert is_being_written(path)
+        with pytest.raises(FileError, match="being written by another"):
+            Journal(path)
+    assert not is_being_written(path)
+    assert not journal_of(path).exists()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # newer Pythons warn of forks beside threads
+        child = os.fork()
+    if child == 0:
+        Journal(path)
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert journal_of(path).exists()
+    Journal(path).close()
+    assert not journal_of(path).exists()
+
+
+def test_what_cannot_be_written_is_told(path, tmp_path):
+    with Journal(tmp_path / "none") as right, pytest.raises(FileError, match="none"):
+        Transactions(right)
+    with pytest.raises(FileError, match="write beside"):
+        Journal(path / "inside")
+
+
+def test_a_torn_journal_is_no_commit(path):
+    before = path.read_bytes()
+    with Journal(path) as right:
+        right.write(5, {0: b"abcde"})
+        text = journal_of(path).read_bytes()
+    for cut in (1, 20, len(text) - 1):
+        journal_of(path).write_bytes(text[:cut])
+        recover(path)
+        assert path.read_bytes() == before
+    journal_of(path).write_bytes(text)
+    recover(path)
+    assert path.read_bytes() == b"abcde"

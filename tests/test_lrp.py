@@ -1,0 +1,358 @@
+"""LRP at layers: each rule against Jacobian-made matrices with a free relevance, composites, conservation."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from nets import SMALL, TRANSFORMERS, images, relu_net, residual_net, seeded
+from torch import Tensor, nn
+
+import attrbox
+from attrbox.engine.tape import record
+from attrbox.errors import OptionError
+from attrbox.rules.composites import Composite
+from attrbox.rules.lrp import LRPEpsilon
+from attrbox.rules.lrp_layers import (
+    AlphaBeta,
+    Epsilon,
+    ExcitationBackprop,
+    Flat,
+    Gamma,
+    LayerRule,
+    WSquare,
+    ZBox,
+    ZPlus,
+    nonzero,
+)
+
+STABILISER = 0.03  # large, so that a wrong one shows
+
+
+# ------------------------------------------------------------------------------------------------ layers and oracles
+
+
+class Normed(nn.Module):
+    """Layer and batch-norm, with statistics."""
+
+    def __init__(self, layer: nn.Module, norm: nn.Module):
+        super().__init__()
+        self.layer, self.norm = layer, norm
+        for tensor, low, high in ((norm.running_mean, -1, 1), (norm.running_var, 0.5, 2), (norm.weight, -1, 2)):
+            nn.init.uniform_(tensor, low, high)
+        nn.init.uniform_(norm.bias, -1, 1)
+
+    def forward(self, x):
+        return self.norm(self.layer(x))
+
+
+LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "linear": (lambda: nn.Linear(6, 4), (6,)),
+    "linear, no bias": (lambda: nn.Linear(6, 4, bias=False), (6,)),
+    "linear, tokens": (lambda: nn.Linear(5, 4), (3, 5)),
+    "conv1d": (lambda: nn.Conv1d(2, 3, 3, padding=1), (2, 5)),
+    "conv2d": (lambda: nn.Conv2d(2, 4, 3, 2, 1, groups=2), (2, 4, 4)),
+    "conv2d, dilated": (lambda: nn.Conv2d(2, 3, 2, dilation=2, bias=False), (2, 4, 4)),
+    "conv3d": (lambda: nn.Conv3d(1, 2, 2), (1, 3, 3, 3)),
+    "conv_transpose2d": (lambda: nn.ConvTranspose2d(2, 3, 2, 2), (2, 2, 2)),
+    "conv2d, batch-norm": (lambda: Normed(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3)), (2, 4, 4)),
+    "linear, batch-norm": (lambda: Normed(nn.Linear(6, 4, bias=False), nn.BatchNorm1d(4)), (6,)),
+}
+
+
+def matrix(layer: nn.Module, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """(M [outputs, inputs], b [outputs]) with y = M x + b, by automatic differentiation."""
+    zero = torch.zeros(1, *shape, dtype=torch.float64)
+    jacobian = torch.autograd.functional.jacobian(lambda x: layer(x).flatten(), zero)
+    return jacobian.reshape(jacobian.shape[0], -1), layer(zero).detach().flatten()
+
+
+def stab(z: Tensor, epsilon: float) -> Tensor:
+    return torch.tensor([v + (epsilon if v >= 0 else -epsilon) for v in z.tolist()], dtype=z.dtype)
+
+
+def pos(t: Tensor) -> Tensor:
+    return torch.where(t > 0, t, torch.zeros_like(t))
+
+
+def neg(t: Tensor) -> Tensor:
+    return t - pos(t)
+
+
+def shared(products: Tensor, bias: Tensor, relevance: Tensor, epsilon: float) -> Tensor:
+    """Each output's relevance by the products [outputs, inputs] that make it; the bias keeps its share."""
+    return (products * (relevance / stab(products.sum(1) + bias, epsilon))[:, None]).sum(0)
+
+
+def by_epsilon(m, b, x, r):
+    return shared(m * x, b, r, 0.2)
+
+
+def by_alpha_beta(alpha, beta):
+    def oracle(m, b, x, r):
+        products = m * x
+        up = shared(pos(products), pos(b), r, STABILISER)
+        return alpha * up - beta * shared(neg(products), neg(b), r, STABILISER) if beta else alpha * up
+
+    return oracle
+
+
+def by_excitation(m, b, x, r):
+    return shared(pos(m * x), 0 * b, r, STABILISER)
+
+
+def by_gamma(m, b, x, r):
+    products, y = m * x, m @ x + b
+    up, down = products + 0.4 * pos(products), products + 0.4 * neg(products)
+    risen = shared(up, b + 0.4 * pos(b), torch.where(y > 0, r, 0 * r), STABILISER)
+    return risen + shared(down, b + 0.4 * neg(b), torch.where(y < 0, r, 0 * r), STABILISER)
+
+
+def by_z_box(m, b, x, r):
+    return shared(m * x - pos(m) * -3.0 - neg(m) * 2.5, 0 * b, r, STABILISER)
+
+
+def by_w_square(weights):
+    """The bias of a merged batch-norm counts squared, too."""
+
+    def oracle(m, b, x, r):
+        return shared(weights(m), b**2, r, STABILISER)
+
+    return oracle
+
+
+RULES: dict[str, tuple[LayerRule, Callable[..., Tensor]]] = {
+    "epsilon": (Epsilon(0.2), by_epsilon),
+    "alpha 2, beta 1": (AlphaBeta(2.0, 1.0), by_alpha_beta(2.0, 1.0)),
+    "alpha 1.5, beta 0.5": (AlphaBeta(1.5, 0.5), by_alpha_beta(1.5, 0.5)),
+    "z+": (ZPlus(), by_alpha_beta(1.0, 0.0)),
+    "excitation": (ExcitationBackprop(), by_excitation),
+    "gamma": (Gamma(0.4), by_gamma),
+    "z-box": (ZBox(-3.0, 2.5), by_z_box),
+    "w-square": (WSquare(), by_w_square(lambda m: m**2)),
+}
+
+
+def relevance_of(rule: LayerRule, layer: nn.Module, x: Tensor, relevance: Tensor, before=None) -> Tensor:
+    """x * G_x for the relevance y * G_y."""
+    composite = Composite((("any", rule),), STABILISER)
+    model = nn.Sequential(before, layer) if before else layer
+    tape = record(model.requires_grad_(False).eval(), x, [composite])
+    output = tape.output
+    seed = (relevance.view(output.shape) / output).detach()
+    (gradient,) = tape.replay((output * seed).flatten(1).sum(1), [tape.images], composite)
+    return composite.relevance(gradient, x)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("nonnegative", [False, True])
+def test_a_rule_does_what_its_formula_says(rule, name, nonnegative):
+    build, shape = LAYERS[name]
+    layer = seeded(build, seed=2)
+    x = images(2, *shape, seed=1)
+    x[0].flatten()[0] = 0.0  # relevance must not be lost there
+    before = nn.ReLU() if nonnegative else None
+    m, b = matrix(layer, shape)
+    relevance = images(2, len(m), seed=4)
+    ours, oracle = RULES[rule]
+    got = relevance_of(ours, layer, x, relevance, before)
+    if nonnegative:
+        if ours.divides:
+            return  # a rule for pixels: behind a ReLU, its dead inputs would get relevance that the ReLU stops
+        x = x.relu()
+    expected = torch.stack([oracle(m, b, *row) for row in zip(x.flatten(1), relevance, strict=True)])
+    torch.testing.assert_close(got.flatten(1), expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", ["linear", "conv2d", "conv2d, dilated", "conv1d"])
+def test_flat_shares_by_receptive_fields(name):
+    build, shape = LAYERS[name]
+    layer = seeded(build, seed=2)
+    m, b = matrix(layer, shape)
+    x, relevance = images(2, *shape, seed=1), images(2, len(m), seed=4)
+    expected = [shared((m != 0).double(), 0 * b, row, STABILISER) for row in relevance]
+    got = relevance_of(Flat(), layer, x, relevance)
+    torch.testing.assert_close(got.flatten(1), torch.stack(expected), rtol=1e-9, atol=1e-11)
+
+
+def test_published_numbers_of_one_neuron():
+    # w = (2, -1), x = (1, 1), R = 1.
+    layer = nn.Linear(2, 1, bias=False).double()
+    layer.weight.data[:] = torch.tensor([[2.0, -1.0]])
+    one, half = torch.ones(1, 2, dtype=torch.float64), torch.full((1, 2), 0.5, dtype=torch.float64)
+    for rule, x, expected in (
+        (Epsilon(1e-12), one, (2.0, -1.0)),
+        (Epsilon(0.25), one, (1.6, -0.8)),
+        (ZPlus(), one, (1.0, 0.0)),
+        (AlphaBeta(2.0, 1.0), one, (2.0, -1.0)),
+        (Gamma(0.25), one, (5 / 3, -2 / 3)),
+        (WSquare(), one, (0.8, 0.2)),
+        (Flat(), one, (0.5, 0.5)),
+        (ZBox(0.0, 1.0), half, (2 / 3, 1 / 3)),
+    ):
+        composite = Composite((("any", rule),), 1e-12)
+        tape = record(layer.requires_grad_(False), x, [composite])
+        score = tape.output[:, 0] / tape.output[:, 0].detach()
+        (gradient,) = tape.replay(score, [tape.images], composite)
+        assert composite.relevance(gradient, x)[0].tolist() == pytest.approx(expected), rule
+
+
+@pytest.mark.parametrize("rule", [Epsilon(0.2), AlphaBeta(2.0, 1.0), Gamma(0.4), ZBox(-3.0, 2.5), ExcitationBackprop()])
+def test_propagated_gradients_can_be_differentiated(rule):
+    model, x = relu_net().requires_grad_(False), images(2, 3, 8, 8)
+    composite = Composite((("first", rule), ("any", rule)), STABILISER)
+
+    def value(images: Tensor, create_graph: bool) -> tuple[Tensor, Tensor]:
+        tape = record(model, images, [composite])
+        (gradient,) = tape.replay(tape.output[:, 1], [tape.images], composite, create_graph=create_graph)
+        return (gradient * gradient.detach().sign()).sum(), tape.images
+
+    total, leaf = value(x, True)
+    (derivative,) = torch.autograd.grad(total, leaf)
+    step = 1e-6 * images(*x.shape, seed=9)
+    change = value(x + step, False)[0] - value(x - step, False)[0]
+    torch.testing.assert_close((derivative * step).sum() * 2, change, rtol=1e-4, atol=1e-9)
+
+
+# --------------------------------------------------------------------------------------------------------- composites
+
+METHODS = [
+    "lrp",
+    "epsilon_plus",
+    "epsilon_alpha2_beta1",
+    "epsilon_gamma_box",
+    "deep_taylor",
+    "excitation_backprop",
+    "attn_lrp",
+]
+NETS = {name: (build, shape) for name, (build, shape) in SMALL.items()}
+NETS |= {name: (build, (3, 16, 16)) for name, build in TRANSFORMERS.items()}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", NETS)
+def test_relevance_is_conserved_up_to_what_the_audit_says(name, method):
+    build, shape = NETS[name]
+    model, x = build(), images(2, *shape)
+    maps = attrbox.explain(model, x, method, target=attrbox.classes([1, 2]), audit=True)
+    audit = maps.details["conservation"]
+    assert maps.values.isfinite().all()
+    scale = maps.score.abs().max() + audit.arriving.abs().amax()
+    layers = torch.tensor([site.operation in ("convolution", "linear") for site in audit.sites])
+    kept = audit.bias + audit.stabiliser + audit.clamp
+    assert ((audit.absorbed - kept)[..., layers].abs() < 1e-9 * scale).all()
+    assert (kept[..., ~layers] == 0).all()
+    assert (method == "attn_lrp") or layers.any()
+    plain = attrbox.explain(model, x, method, target=attrbox.classes([1, 2]))
+    torch.testing.assert_close(plain.values, maps.values)
+    assert str(audit.table()).count("\n") == len(audit.sites) + 1
+
+
+@pytest.mark.parametrize("name", ["relu", "relu, pool", "residual", "overlapping pools", "sequences"])
+def test_deep_taylor_is_positive_and_sums_to_the_positive_score(name):
+    build, shape = SMALL[name]
+    model, x = build(), images(6, *shape)
+    for first in ("z_box", "w_square"):
+        maps = attrbox.explain(model, x, "deep_taylor", first=first)
+        bias = first == "w_square"  # it has a share by its square there
+        total = maps.values.flatten(1).sum(1)
+        assert (maps.values >= -1e-12).all()
+        if not bias:
+            torch.testing.assert_close(total, maps.score.relu(), rtol=1e-3, atol=1e-6)
+        assert (total <= maps.score.relu() + 1e-6).all()
+
+
+def test_the_rule_of_a_layer_is_the_first_that_fits():
+    model, x = residual_net(), images(2, 3, 8, 8)
+    plus = attrbox.explain(model, x, "epsilon_plus", target=1).values
+    same = attrbox.explain(model, x, "lrp", target=1, places=(("convolution", ZPlus()), ("any", Flat()))).values
+    assert not torch.allclose(same, plus)
+    named = (("head", Epsilon()), ("stem", ZPlus()), ("conv*", ZPlus()), ("any", Flat()))
+    torch.testing.assert_close(attrbox.explain(model, x, "lrp", target=1, places=named).values, plus)
+    flat = attrbox.explain(model, x, "lrp", target=1, places=(("first", Flat()), ("convolution", ZPlus()))).values
+    assert not torch.allclose(flat, plus)
+    coverage = attrbox.explain(model, x, "lrp", target=1).coverage
+    assert sum(operated.operation == "convolution" for operated in coverage.rule) == 5  # each with its batch-norm
+
+
+def test_a_convolution_used_past_its_batch_norm_passes_relevance_on_both_ways():
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+            self.head = nn.Linear(4, 3)
+
+        def forward(self, x):
+            y = self.conv(x)
+            return self.head((F.relu(self.norm(y)) + F.relu(y)).mean((2, 3)))
+
+    class Twice(Both):
+        def forward(self, x):
+            return self.head((F.relu(self.norm(self.conv(x))) + F.relu(self.conv(x))).mean((2, 3)))
+
+    x = images(2, 3, 6, 6)
+    one, two = (seeded(build) for build in (Both, Twice))
+    torch.testing.assert_close(one(x), two(x))
+    for method in ("lrp", "epsilon_plus", "epsilon_alpha2_beta1", "excitation_backprop", "attn_lrp"):
+        got, expected = (attrbox.explain(model, x, method, target=1).values for model in (one, two))
+        torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_an_activation_between_a_convolution_and_its_batch_norm_is_not_skipped(in_place):
+    class Between(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm, self.head = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 3)
+
+        def forward(self, x):
+            y = self.conv(x)
+            y = F.relu(y, inplace=True) if in_place else F.relu(y)
+            return self.head(self.norm(y).mean((2, 3)))
+
+    model, x = seeded(Between), images(2, 3, 6, 6)
+    values = attrbox.explain(model, x, "epsilon_plus", target=1, audit=True)
+    kinds = [site.operation for site in values.details["conservation"].sites]
+    assert kinds == ["convolution", "relu", "linear"]
+    leaf = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(model(leaf)[:, 1].sum(), leaf)
+    tape = record(model.requires_grad_(False), x, [Composite()])
+    torch.testing.assert_close(tape.replay(tape.output[:, 1], [tape.images])[0], gradient)
+    tape = record(model, x, [LRPEpsilon()], twice=True)  # convolutions and batch-norms in one step
+    torch.testing.assert_close(tape.replay(tape.output[:, 1], [tape.images])[0], gradient)
+
+
+def test_composites_share_a_recording_with_other_methods():
+    model, x = residual_net(), images(2, 3, 8, 8)
+    entries = ["saliency", "epsilon_plus", "deeplift", "guided_backprop", "deep_taylor", "grad_cam"]
+    together = attrbox.compare(model, x, entries, target=1)
+    for name in entries:
+        torch.testing.assert_close(together[name].values, attrbox.explain(model, x, name, target=1).values)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("lrp", {"places": (("first", "epsilon"),)}, "pairs"),
+        ("lrp", {"places": (ZPlus(),)}, "pairs"),
+        ("epsilon_plus", {"epsilon": 0}, "epsilon"),
+        ("epsilon_gamma_box", {"gamma": -1}, "gamma"),
+        ("deep_taylor", {"first": "flat"}, "z_box"),
+        ("attn_lrp", {"gamma_linear": -0.1}, "gamma_linear"),
+        ("epsilon_plus", {"audit": 1}, "audit"),
+    ],
+)
+def test_options_that_do_not_fit(method, options, message):
+    with pytest.raises(OptionError, match=message):
+        attrbox.explain(relu_net(), images(1, 3, 8, 8), method, **options)
+    with pytest.raises(OptionError, match="alpha - beta"):
+        AlphaBeta(2.0, 0.5)
+    with pytest.raises(OptionError, match="alpha"):
+        AlphaBeta(float("nan"), 1.0)
+
+
+def test_nonzero_keeps_all_but_zeros():
+    x = torch.tensor([0.0, -1.0, 2.0])
+    assert nonzero(x)[1:].tolist() == [-1.0, 2.0]
+    assert 0 < nonzero(x)[0] < 1e-15
