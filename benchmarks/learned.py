@@ -1,6 +1,7 @@
 """Speed and memory of the learned rule, in units of a native forward and backward pass of the same batch.
 
     python benchmarks/learned.py                              all tables, as Markdown
+    python benchmarks/learned.py --keep-pages                 as the attrbox command runs (`attrbox.memory.keep_pages`)
     python benchmarks/learned.py --tables iterations --models resnet18 --rounds 5
 
 The cost of an iteration is the difference between a long and a short run of one call, so that what is done once (the
@@ -22,6 +23,7 @@ from engine import load, native, photographs, ratio, resident, rounds, table
 from torch import Tensor, nn
 
 import attrbox
+from attrbox.memory import keep_pages
 
 BATCHES = {"resnet18": 4, "vgg16": 2, "efficientnet_lite0": 4}
 PRESETS = ["learned", "learned_rank", "learned_clean"]
@@ -108,7 +110,7 @@ def rivals(models: Sequence[str], count: int) -> None:
     print(f"### A whole map ({FULL} iterations) against Mask and sMask with their published settings\n")
     rows = []
     for name in models:
-        model, images = load(name), photographs(name, BATCHES[name])
+        model, images = load(name), photographs(name, 2)
         seconds: dict[str, list[float]] = {method: [] for method in (*PRESETS, *others)}
         for _ in range(count):
             for method in seconds:
@@ -130,6 +132,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--tables", nargs="+", default=TABLES, choices=TABLES)
+    parser.add_argument("--keep-pages", action="store_true", help="keep freed memory, as the attrbox command does")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     parser.add_argument("--batch", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -138,6 +141,8 @@ def main() -> None:
     if options.peak:
         measure_peak(options.models[0], options.batch, options.peak)
         return
+    if options.keep_pages:
+        keep_pages()
     print(f"{platform.machine()}, {os.cpu_count()} cores, {options.threads} threads, torch {torch.__version__}\n")
     if "iterations" in options.tables:
         iterations(options.models, options.rounds)
