@@ -74,7 +74,7 @@ def localisation(subject: Subject, cells: Tensor, labels: Sequence[str]) -> str:
     """
     parts, count = len(cells), len(subject.images)
     masks = cells.repeat(count // parts, 1, 1)
-    metrics = ["relevance_mass", ("pointing_game", {"per_class": False})]
+    metrics = ["relevance_mass", ("pointing_game", {"tolerance": 0.5, "per_class": False})]
     rows = []
     for label in tqdm(labels, desc=subject.kind):
         maps = subject.maps(label)
