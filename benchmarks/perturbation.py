@@ -30,10 +30,10 @@ from attrbox.models import efficientnet_lite0
 
 AREAS = (0.025, 0.05, 0.1, 0.2)
 PICTURE = [
-    ("mask", {"iterations": 300}),
-    ("smask", {"iterations": 800, "areas": (0.1,)}),
+    ("mask", {"iterations": 150}),
+    ("smask", {"iterations": 200, "areas": (0.1,)}),
     ("occlusion", {"window": 32, "stride": 16}),
-    ("rise", {"masks": 400, "center": True}),
+    ("rise", {"masks": 400}),
     ("lime", {"samples": 250}),
     ("kernel_shap", {"samples": 250}),
 ]
