@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attrbox.engine.elementwise import spellings
-from attrbox.engine.linearity import argument, is_activation
+from attrbox.engine.linearity import argument, flat, is_activation
 from attrbox.engine.operation import Function
 
 
@@ -35,17 +35,9 @@ class Parts:
 def parts_of(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Parts | None:
     """The parts of a call, or None if it has none or touches no activation."""
     parts = _TABLE.get(function)
-    if parts is None or not any(is_activation(value) for value in _flat((*args, *kwargs.values()))):
+    if parts is None or not any(is_activation(value) for value in flat((*args, *kwargs.values()))):
         return None
     return parts if parts.accepts(args, kwargs) else None
-
-
-def _flat(values: Any) -> Any:
-    for value in values:
-        if isinstance(value, tuple | list):
-            yield from _flat(value)
-        else:
-            yield value
 
 
 def _opened(function: Any) -> Function:

@@ -74,7 +74,7 @@ def is_linear(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any])
     name = name_of(function)
     if name in _LINEAR:
         return True
-    activations = [value for value in _flat((*args, *kwargs.values())) if is_activation(value)]
+    activations = [value for value in flat((*args, *kwargs.values())) if is_activation(value)]
     if name in _LINEAR_IN_ONE:
         divisor = argument(args, kwargs, 1, "other", None)
         return len(activations) == 1 and not ("div" in name and is_activation(divisor))
@@ -92,9 +92,10 @@ def is_decision(function: Function) -> bool:
     return name_of(function) in _DECISIONS
 
 
-def _flat(values: Any) -> Any:
+def flat(values: Any) -> Any:
+    """What is in nested tuples and lists, one after the other."""
     for value in values:
         if isinstance(value, tuple | list):
-            yield from _flat(value)
+            yield from flat(value)
         else:
             yield value
