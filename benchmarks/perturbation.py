@@ -30,10 +30,10 @@ from attrbox.models import efficientnet_lite0
 
 AREAS = (0.025, 0.05, 0.1, 0.2)
 PICTURE = [
-    ("mask", {"iterations": 150}),
-    ("smask", {"iterations": 200, "areas": (0.1,)}),
+    "mask",
+    "smask",
     ("occlusion", {"window": 32, "stride": 16}),
-    ("rise", {"masks": 400}),
+    ("rise", {"masks": 400, "center": True}),
     ("lime", {"samples": 250}),
     ("kernel_shap", {"samples": 250}),
 ]

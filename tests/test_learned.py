@@ -18,7 +18,7 @@ from attrbox.errors import FileError, InputError, ModelError, OptimisationWarnin
 from attrbox.masks import GaussianMask, MaskGenerator, RankMask, SigmoidMask, masks, register_mask, scaled
 from attrbox.methods.learned_rules import LearnedRules
 from attrbox.models import efficientnet_lite0
-from attrbox.rules.learned import LearnedRule, PerPixel, Plugin, Scratch, plugins, register_plugin
+from attrbox.rules.learned import LearnedRule, PerPixel, Plugin, plugins, register_plugin
 
 FEW = {"iterations": 4, "progress": False}
 
@@ -195,14 +195,14 @@ def test_gradients_of_the_chain_by_finite_differences(plugin, kernel, feature):
     assert not torch.equal(chain(changed)[1], chain(start.detach())[1])
 
 
-def test_memory_that_a_graph_needs_is_not_overwritten_in_silence():
-    plugin, scratch = plugins["per_pixel"].make(1), Scratch()
-    gradient, difference = torch.randn(2, 1, 3, 4, 4)
-    parameters = torch.ones_like(difference, requires_grad=True)
-    stale = plugin.propagate(gradient, parameters, difference, scratch)
-    plugin.propagate(gradient, parameters, difference, scratch)
+def test_gradients_that_were_written_over_are_refused_a_second_time():
+    plugin = plugins["per_pixel"].make(1)
+    gradient, difference, parameters = torch.randn(3, 1, 3, 4, 4)
+    gradient.requires_grad_(), parameters.requires_grad_()
+    result = plugin.propagate(gradient, parameters, difference).sum()
+    torch.autograd.grad(result, (gradient, parameters), retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        torch.autograd.grad(stale.sum(), parameters)
+        torch.autograd.grad(result, (gradient, parameters))
 
 
 def test_depthwise_and_standard_convolution_per_sample():

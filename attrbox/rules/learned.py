@@ -13,7 +13,6 @@ W looks like and how it meets the features:
 """
 
 from abc import ABC, abstractmethod
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -41,9 +40,8 @@ class Plugin(ABC):
     def multiplier(self, parameters: Tensor, difference: Tensor) -> Tensor:
         """k, of the features' shape."""
 
-    def propagate(self, grad_output: Tensor, parameters: Tensor, difference: Tensor, scratch: "Scratch") -> Tensor:
-        """G_out * k; override it if there is a faster way. `scratch` lives as long as the features do."""
-        del scratch
+    def propagate(self, grad_output: Tensor, parameters: Tensor, difference: Tensor) -> Tensor:
+        """G_out * k; override it if there is a faster way."""
         return grad_output * self.multiplier(parameters, difference)
 
 
@@ -69,19 +67,6 @@ def register_plugin(name: str) -> Callable[[P], P]:
 plugins.adopt = lambda name, loaded: register_plugin(name)(loaded)
 
 
-class Scratch(dict[str, Tensor]):
-    """Memory of one site that every iteration writes anew: fresh pages would cost as much as the arithmetic.
-
-    What a graph still needs must not be overwritten; autograd raises if it is.
-    """
-
-    def like(self, name: str, tensor: Tensor) -> Tensor:
-        """A tensor of the same kind, with whatever it held before."""
-        if name not in self or self[name].shape != tensor.shape or self[name].dtype != tensor.dtype:
-            self[name] = torch.empty_like(tensor)
-        return self[name]
-
-
 class _Hadamard(torch.autograd.Function):
     """G * tanh(W * D), with its gradients in few passes over memory; W may broadcast over positions.
 
@@ -89,9 +74,9 @@ class _Hadamard(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, grad_output: Tensor, parameters: Tensor, difference: Tensor, scratch: Scratch) -> Tensor:
-        multiplier = torch.mul(parameters, difference, out=scratch.like("multiplier", difference)).tanh_()
-        ctx.shape, ctx.scratch = parameters.shape, scratch
+    def forward(ctx: Any, grad_output: Tensor, parameters: Tensor, difference: Tensor) -> Tensor:
+        multiplier = torch.mul(parameters, difference).tanh_()
+        ctx.shape = parameters.shape
         ctx.save_for_backward(grad_output, multiplier, difference)
         return grad_output * multiplier
 
@@ -101,12 +86,12 @@ class _Hadamard(torch.autograd.Function):
         grad_output, multiplier, difference = ctx.saved_tensors
         upper, own = None, None
         if ctx.needs_input_grad[1]:
-            through = torch.mul(grad, grad_output, out=ctx.scratch.like("gradient", difference)).mul_(difference)
+            through = torch.mul(grad, grad_output).mul_(difference)
             own = torch.ops.aten.tanh_backward.grad_input(through, multiplier, grad_input=through)
             own = own.sum_to_size(ctx.shape)
         if ctx.needs_input_grad[0]:
             upper = multiplier.mul_(grad)
-        return upper, own, None, None
+        return upper, own, None
 
 
 @register_plugin("per_pixel")
@@ -120,8 +105,8 @@ class PerPixel(Plugin):
     def multiplier(self, parameters: Tensor, difference: Tensor) -> Tensor:
         return torch.tanh(parameters * difference)
 
-    def propagate(self, grad_output: Tensor, parameters: Tensor, difference: Tensor, scratch: Scratch) -> Tensor:
-        return cast(Tensor, _Hadamard.apply(grad_output, parameters, difference, scratch))
+    def propagate(self, grad_output: Tensor, parameters: Tensor, difference: Tensor) -> Tensor:
+        return cast(Tensor, _Hadamard.apply(grad_output, parameters, difference))
 
 
 @register_plugin("shared")
@@ -137,9 +122,9 @@ class Shared(PerPixel):
             return super().multiplier(parameters, difference)
         return torch.tanh(_convolved(parameters.flatten(0, 1).unsqueeze(1), difference))
 
-    def propagate(self, grad_output: Tensor, parameters: Tensor, difference: Tensor, scratch: Scratch) -> Tensor:
+    def propagate(self, grad_output: Tensor, parameters: Tensor, difference: Tensor) -> Tensor:
         if self.kernel == 1:
-            return super().propagate(grad_output, parameters, difference, scratch)
+            return super().propagate(grad_output, parameters, difference)
         return grad_output * self.multiplier(parameters, difference)
 
 
@@ -186,7 +171,6 @@ class LearnedRule(Rule):
         self.compares = compares
         self.parameters: dict[int, Tensor] = {}  # by the site's index, [n, ...]
         self.differences: dict[int, Tensor] = {}
-        self._scratch: defaultdict[int, Scratch] = defaultdict(Scratch)
 
     def needs_at(self, kind: str) -> frozenset[str]:
         return frozenset({self.feature, "derivative"} | ({"reference"} if self.compares else set()))
@@ -206,7 +190,7 @@ class LearnedRule(Rule):
                 f"features ask for {list(self.plugin.shape(difference))}. Rules carry over to images of the same size "
                 "and the same model only (any size with plugin='shared')."
             )
-        return self.plugin.propagate(grad_output, parameters, difference, self._scratch[site.index])
+        return self.plugin.propagate(grad_output, parameters, difference)
 
 
 class Differences(LearnedRule):
