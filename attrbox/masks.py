@@ -14,9 +14,9 @@ well a mask has the size and the smoothness that are asked for.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from attrbox.errors import InputError
 from attrbox.perturbations import gaussian_blur
-from attrbox.registry import Part, Registry
+from attrbox.registry import Parts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,26 +70,8 @@ class MaskGenerator(ABC):
         return gaussian_blur(map, self.sigma * max(map.shape[-2:]))
 
 
-masks: Registry[Part[MaskGenerator]] = Registry("mask generator", "attrbox.masks")
-
-M = TypeVar("M", bound=type[MaskGenerator])
-
-
-def register_mask(name: str) -> Callable[[M], M]:
-    """Class decorator: enter a `MaskGenerator` under the name that the option `mask` takes.
-
-    Raises:
-        DuplicateNameError: the name is taken.
-    """
-
-    def enter(cls: M) -> M:
-        masks.add(Part(name, cls))
-        return cls
-
-    return enter
-
-
-masks.adopt = lambda name, loaded: register_mask(name)(loaded)
+masks: Parts[MaskGenerator] = Parts("mask generator", "attrbox.masks")
+register_mask = masks.register
 
 
 def scaled(map: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ class Named(Protocol):
 
 T = TypeVar("T", bound=Named)
 C = TypeVar("C")
+P = TypeVar("P")
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Registry(Mapping[str, T], Generic[T]):
     def __init__(self, kind: str, group: str) -> None:
         self.kind = kind
         self.group = group
-        self.adopt: Callable[[str, Any], None] | None = None
+        self.adopt: Callable[[str, Any], object] | None = None
         self.also_load: list[Registry[Any]] = []  # registries whose plug-ins enter records here too
         self._records: dict[str, T] = {}
         self._keys: dict[str, str] = {}  # casefolded name or alias -> name
@@ -122,3 +123,24 @@ class Registry(Mapping[str, T], Generic[T]):
                     PluginWarning,
                     stacklevel=2,
                 )
+
+
+class Parts(Registry[Part[C]], Generic[C]):
+    """Classes whose instances are parts of a method."""
+
+    def __init__(self, kind: str, group: str) -> None:
+        super().__init__(kind, group)
+        self.adopt = lambda name, loaded: self.register(name)(loaded)
+
+    def register(self, name: str) -> Callable[[type[P]], type[P]]:
+        """Class decorator: enter a class under the name that the method's option takes.
+
+        Raises:
+            DuplicateNameError: the name is taken.
+        """
+
+        def enter(cls: type[P]) -> type[P]:
+            self.add(Part(name, cls))  # type: ignore[arg-type]
+            return cls
+
+        return enter

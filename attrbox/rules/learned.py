@@ -13,9 +13,8 @@ W looks like and how it meets the features:
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from attrbox.engine.site import ACTIVATIONS, Gradients, Rule, Site
 from attrbox.errors import RuleError
-from attrbox.registry import Part, Registry
+from attrbox.registry import Parts
 
 
 @dataclass(frozen=True)
@@ -45,26 +44,8 @@ class Plugin(ABC):
         return grad_output * self.multiplier(parameters, difference)
 
 
-plugins: Registry[Part[Plugin]] = Registry("plugin", "attrbox.plugins")
-
-P = TypeVar("P", bound=type[Plugin])
-
-
-def register_plugin(name: str) -> Callable[[P], P]:
-    """Class decorator: enter a `Plugin` under the name that the option `plugin` takes.
-
-    Raises:
-        DuplicateNameError: the name is taken.
-    """
-
-    def enter(cls: P) -> P:
-        plugins.add(Part(name, cls))
-        return cls
-
-    return enter
-
-
-plugins.adopt = lambda name, loaded: register_plugin(name)(loaded)
+plugins: Parts[Plugin] = Parts("plugin", "attrbox.plugins")
+register_plugin = plugins.register
 
 
 class _Hadamard(torch.autograd.Function):

@@ -6,10 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
+from quality import kept
 from torch import Tensor, nn
-
-from attrbox.files import whole_file
 
 T = TypeVar("T")
 
@@ -49,9 +47,5 @@ class Kept:
 
     def __call__(self, name: str, depends: tuple[Any, ...], compute: Callable[[], T]) -> T:
         """What `compute` returns, or returned in an earlier run: tensors, numbers, texts, lists and dictionaries."""
-        path = self.path(name, *depends)
-        if not path.exists():
-            value = compute()
-            with whole_file(path) as part:
-                torch.save(value, part)
-        return torch.load(path, weights_only=True)
+        found: T = kept(self.path(name, *depends), compute)
+        return found
