@@ -3,6 +3,7 @@
     python benchmarks/perturbation.py --tables passes times
     python benchmarks/perturbation.py --tables torchray
     python benchmarks/perturbation.py --tables agreement --data FOLDER --images 10 --iterations 200
+    python benchmarks/perturbation.py --tables areas --data FOLDER --images 2
     python benchmarks/perturbation.py --tables picture --data FOLDER --out masks.png
 
 Ratios come from interleaved rounds, as in `benchmarks/engine.py`. TorchRay (github.com/facebookresearch/TorchRay, for
@@ -179,6 +180,17 @@ def agreement(folder: str, count: int, iterations: int) -> None:
     table([*header, "area, attrbox"], rows)
 
 
+def areas(folder: str, count: int) -> None:
+    """The areas that masks cover in the end (means of soft masks, the margin around the image included)."""
+    print("### Areas of sMask after 800 iterations\n")
+    loaded, images = chosen(folder, count)
+    targets = loaded.predict(images)[0]
+    found = attrbox.explain(loaded.model, images, "smask", target=targets, areas=AREAS).details["areas"]
+    names = [loaded.class_name(target) for target in targets.tolist()]
+    rows = [[name, *(f"{area:.4f}" for area in row)] for name, row in zip(names, found.flatten(1).tolist(), strict=True)]
+    table(["asked for", *map(str, AREAS)], rows)
+
+
 def picture(folder: str, count: int, out: str) -> None:
     """The maps of all methods of this page on some photographs."""
     loaded, images = chosen(folder, count)
@@ -189,7 +201,7 @@ def picture(folder: str, count: int, out: str) -> None:
     print(result.table())
 
 
-TABLES = ["passes", "times", "torchray", "agreement", "picture"]
+TABLES = ["passes", "times", "torchray", "agreement", "areas", "picture"]
 
 
 def main() -> None:
@@ -198,7 +210,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--tables", nargs="+", default=["passes", "times", "torchray"], choices=TABLES)
-    parser.add_argument("--data", help="folder of photographs, for agreement and picture")
+    parser.add_argument("--data", help="folder of photographs, for agreement, areas and picture")
     parser.add_argument("--images", type=int, default=6)
     parser.add_argument("--iterations", type=int, default=800)
     parser.add_argument("--out", default="masks.png")
@@ -211,10 +223,12 @@ def main() -> None:
         times(options.rounds)
     if "torchray" in options.tables:
         torchray(options.rounds)
-    if {"agreement", "picture"} & set(options.tables) and not options.data:
-        parser.error("agreement and picture need --data FOLDER")
+    if {"agreement", "areas", "picture"} & set(options.tables) and not options.data:
+        parser.error("agreement, areas and picture need --data FOLDER")
     if "agreement" in options.tables:
         agreement(options.data, options.images, options.iterations)
+    if "areas" in options.tables:
+        areas(options.data, options.images)
     if "picture" in options.tables:
         picture(options.data, options.images, options.out)
 
