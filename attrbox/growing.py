@@ -81,7 +81,7 @@ class Layout:
 
     def create(self, journal: Journal, first: Written, overwrite: bool) -> None:
         """Make the file, without samples, in the shape of these. Either the whole file appears, or nothing changes."""
-        with whole_file(journal.path, overwrite) as part:
+        with whole_file(journal.path, overwrite, locked=True) as part:
             with h5py.File(part, "w") as file:
                 write_header(file, **self.header)
                 file.attrs["export"] = json.dumps(self.settings, ensure_ascii=False)

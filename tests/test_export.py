@@ -480,6 +480,20 @@ def test_a_full_disk_is_told(path, monkeypatch):
     assert attrbox.verify(path) == []
 
 
+def die_at_the_first_batch(path):
+    os.replace = lambda *names: os._exit(9)
+    export(path)
+
+
+def test_what_was_killed_at_its_first_batch_is_cleared_away(path, processes):
+    process = processes.Process(target=die_at_the_first_batch, args=(path,))
+    process.start()
+    process.join()
+    assert sorted(os.listdir(path.parent)) == [".attrbox-maps.h5.part", "maps.h5.journal"]
+    export(path)
+    assert os.listdir(path.parent) == ["maps.h5"]
+
+
 def test_the_second_exporter_is_refused(path, processes):
     with Journal(path):
         for overwrite in (False, True):
