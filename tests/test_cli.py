@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,8 @@ from typer.testing import CliRunner, Result
 import attrbox
 from attrbox.arguments import parse_device, parse_methods, parse_target
 from attrbox.cli import DEFAULT_METHODS, DEMO_METHODS, app
+from attrbox.commands.options import say_json
+from attrbox.data import distinct_names, find_images
 from attrbox.errors import OptionError, UnknownNameError
 from attrbox.models import LoadedModel, Preprocess
 
@@ -98,6 +101,33 @@ def test_explain_writes_one_picture_per_image_and_method(pictures: Path, tmp_pat
     labels = ("integrated_gradients", "integrated_gradients(steps=3, baseline=0.5)", "saliency")
     assert written == {f"{name}/{label}.png" for name in ("blue", "red") for label in labels}
     assert len(result.output.splitlines()) == len(written)
+
+
+def test_explain_stays_in_its_folder_and_names_drive_no_terminal(pictures: Path, tmp_path: Path) -> None:
+    shutil.copy(pictures / "red.png", pictures / "...png")
+    shutil.copy(pictures / "red.png", pictures / "a\x1b[31m'\"<b>.png")
+    result = run("explain", pictures, "--model", TINY, "-m", "saliency", "--out", tmp_path / "out" / "deep")
+    assert result.exit_code == 0, result.output
+    assert "\x1b" not in result.output
+    assert os.listdir(tmp_path / "out") == ["deep"]
+    assert sorted(os.listdir(tmp_path / "out" / "deep")) == ["...png", "a\x1b[31m'\"<b>", "blue", "red"]
+
+
+def test_names_of_relative_paths_differ(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "below" / "pictures").mkdir(parents=True)
+    shutil.copy(pictures / "red.png", tmp_path / "below" / "pictures")
+    monkeypatch.chdir(tmp_path / "below")
+    found = find_images(["../pictures", "pictures"])
+    assert [name.split("/")[-3:] for name in distinct_names(found)] == [
+        ["blue"],
+        [tmp_path.name, "pictures", "red"],
+        ["below", "pictures", "red"],
+    ]
+
+
+def test_json_has_no_nan(capsys: pytest.CaptureFixture[str]) -> None:
+    say_json({"a": [1.5, float("nan"), (float("inf"), "ü\x1b")]})
+    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == {"a": [1.5, None, [None, "ü\x1b"]]}
 
 
 def test_the_demo_on_few_methods(tmp_path: Path) -> None:
