@@ -46,13 +46,14 @@ class Summary:
     """What an export did.
 
     Attributes:
-        path: the file.
+        path: the file; of a shard, its own.
         samples: how many the data has.
         images: samples that this run explained.
         maps: maps that it made.
         done: label -> samples with a map, of this and earlier runs.
         failed: sample -> why it got no map of some method in this run.
         seconds: how long it took.
+        whole: the file that joins all shards, if this was one and the others are complete.
     """
 
     path: Path
@@ -62,6 +63,7 @@ class Summary:
     done: Mapping[str, int]
     failed: Mapping[str, str]
     seconds: float
+    whole: Path | None = None
 
     @property
     def complete(self) -> bool:
@@ -69,12 +71,16 @@ class Summary:
         return all(count == self.samples for count in self.done.values())
 
     def __str__(self) -> str:
-        rate = f", {self.images / self.seconds:.1f} images/s" if self.images else ""
-        lines = [f"{self.path}: {self.maps} new maps of {self.images} images in {self.seconds:.1f} s{rate}"]
+        lines = [f"{self.path}: {self.maps} new maps of {self.images} images in {self.seconds:.1f} s"]
+        if self.images > self.seconds:
+            lines[0] += f", {self.images / self.seconds:.1f} images/s"
+        elif self.images:
+            lines[0] += f", {self.seconds / self.images:.1f} s per image"
         lines += [f"  {label}: {count} of {self.samples} samples" for label, count in self.done.items()]
         lines += [f"  no map of {name!r}: {reason}" for name, reason in list(self.failed.items())[:10]]
         if len(self.failed) > 10:
             lines.append(f"  ... nor of {len(self.failed) - 10} more; the file tells why")
+        lines += [f"{self.whole}: joins all shards"] if self.whole else []
         return "\n".join(lines)
 
 
@@ -195,10 +201,10 @@ def export(
             images = _run(job, output, workers or 0, retry, progress)
             flags = output.growing.done if output.growing else {}
             done = {label: int(flags[label].sum()) if label in flags else 0 for label in (*flags, *job.methods)}
-    if shard:
-        shard.join(whole, list(job.methods))
+    joined = shard is not None and shard.join(whole, list(job.methods))
     failed = {samples.ids[row]: reason for reasons in output.failed.values() for row, reason in reasons.items()}
-    return Summary(path, len(samples), images, output.maps, done, failed, time.perf_counter() - began)
+    seconds = time.perf_counter() - began
+    return Summary(path, len(samples), images, output.maps, done, failed, seconds, whole if joined else None)
 
 
 def recompute(

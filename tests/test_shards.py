@@ -89,9 +89,11 @@ def test_torchrun(tmp_path):
 def test_a_share_that_is_missing_is_made_alone(tmp_path):
     path = tmp_path / "maps.h5"
     export(path, data(), METHODS, batch_size=3, shard=Shard(1, 3))
-    export(path, data(), METHODS, batch_size=3, shard=Shard(0, 3))
+    assert export(path, data(), METHODS, batch_size=3, shard=Shard(0, 3)).whole is None
     assert not path.exists()
-    assert export(path, data(), METHODS, batch_size=3, shard=Shard(2, 3)).images == 2
+    last = export(path, data(), METHODS, batch_size=3, shard=Shard(2, 3))
+    assert (last.images, last.path.name, last.whole) == (2, "maps-3-of-3.h5", path)
+    assert str(last).endswith("maps.h5: joins all shards")
     export(tmp_path / "whole.h5", data(), METHODS, batch_size=3)
     assert_same(path, tmp_path / "whole.h5")
     written = path.stat().st_mtime_ns
