@@ -265,9 +265,9 @@ def _chart(metric: str, evaluation: Evaluation) -> str:
     width, height = max(right - left, 1e-12), max(high - low, 1e-12)
     parts = []
     for quarter in range(5):
-        y, value = 230 - 50 * quarter, low + quarter / 4 * height
-        parts.append(f'<path d="M50 {y}H450" class="grid"/>')
-        parts.append(f'<text x="45" y="{y + 4}" text-anchor="end">{value:.3g}</text>')
+        place, value = 230 - 50 * quarter, low + quarter / 4 * height
+        parts.append(f'<path d="M50 {place}H450" class="grid"/>')
+        parts.append(f'<text x="45" y="{place + 4}" text-anchor="end">{value:.3g}</text>')
     for index, (label, (x, y)) in enumerate(lines.items()):
         points = " ".join(
             f"{50 + 400 * (a - left) / width:.1f},{230 - 200 * (b - low) / height:.1f}"

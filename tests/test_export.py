@@ -372,9 +372,10 @@ def test_image_folders(tmp_path, path):
     assert not (tmp_path / "other.h5").exists()
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "locked").mkdir(mode=0o500)
+    if os.access(tmp_path / "locked", os.W_OK):
+        pytest.skip("this user may write anywhere")
     with pytest.raises(FileError, match=r"Cannot write beside .*Permission denied"):
         export(tmp_path / "locked" / "maps.h5")
     assert os.listdir(tmp_path / "locked") == []
