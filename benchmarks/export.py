@@ -1,6 +1,6 @@
 """What an export costs beside computing, reading beside bare h5py, and the size of the file.
 
-    python benchmarks/export.py --images 64 --rounds 5 --maps 1000
+    python benchmarks/export.py --images 64 --rounds 9 --maps 1000
 
 Saliency on ResNet-18 (random weights), images decoded in memory. In each round the candidates run once each in random
 order; ratios are taken within the round, and their median, first and third quartile printed.
