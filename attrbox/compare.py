@@ -352,7 +352,7 @@ def _collect(
             target=indices,
             score=scores,
             options=spec.settings(method),
-            coverage=chunks[0].coverage[label],
+            coverage=Coverage.joined([chunk.coverage[label] for chunk in chunks]),
             gap=gap,
             relative_gap=relative,
             details={

@@ -1,7 +1,7 @@
 """Readers of operations along axes: softmaxes, largest values, and norms."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -66,6 +66,23 @@ class _MaxPool:
             return self.indices(x, *positional, **plain, return_indices=True)
 
         return Operation("max_pool", (input,), run, lambda x: pool(x)[0], options={"pool": pool, "dims": self.dims})
+
+
+@dataclass(frozen=True)
+class _FractionalMaxPool(_MaxPool):
+    """Windows drawn beforehand, [N, C, dims] numbers: those of the images hold for a single reference, too."""
+
+    def __call__(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operation | None:
+        samples = kwargs.get("_random_samples")
+        found = super().__call__(function, args, kwargs)
+        if samples is None or found is None:  # drawn anew in each pass: the recorder refuses it
+            return None
+        draw = found.options["pool"]
+
+        def pool(x: Tensor) -> Any:
+            return draw(x.expand(len(samples), *x.shape[1:]))
+
+        return replace(found, pure=lambda x: pool(x)[0], options={**found.options, "pool": pool})
 
 
 def _amax(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operation | None:
@@ -161,6 +178,14 @@ READERS: dict[Reader, tuple[Function, ...]] = {
     _MaxPool(3, F.adaptive_max_pool3d_with_indices, 1): (
         F.adaptive_max_pool3d,
         F.adaptive_max_pool3d_with_indices,
+    ),
+    _FractionalMaxPool(2, F.fractional_max_pool2d_with_indices, 3): (
+        F.fractional_max_pool2d,
+        F.fractional_max_pool2d_with_indices,
+    ),
+    _FractionalMaxPool(3, F.fractional_max_pool3d_with_indices, 3): (
+        F.fractional_max_pool3d,
+        F.fractional_max_pool3d_with_indices,
     ),
     _norm(_last_axes, 3, channels=False): (F.layer_norm, torch.layer_norm),
     _norm(_channel_groups, 3): (F.group_norm, torch.group_norm),

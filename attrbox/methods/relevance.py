@@ -2,12 +2,11 @@
 
     values = x * G,     which sum to the score, less what biases, stabilisers and clamps absorb
 
-`audit=True` says where: `details["conservation"]` has, for each site in order of execution, the relevance that came to
-its output and that went on to its inputs.
+`audit=True` says where: `coverage.conservation` (`attrbox.shapes.Conservation`) has, for each site in order of
+execution, the relevance that came to its output and that went on to its inputs.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -28,53 +27,13 @@ from attrbox.rules.lrp_layers import (
     ZPlus,
     nonzero,
 )
-from attrbox.shapes import Operated
+from attrbox.shapes import Conservation, Coverage, Operated
 
 Places = tuple[tuple[str, LayerRule], ...]
 _AUDIT = "tell how much relevance each layer absorbs"
 _EPSILON = "stabiliser at linear layers, in units of their output"
 _LOW = "lowest pixel value as the model takes it: a number, one per channel, or None: that of each image"
 _HIGH = "highest pixel value; as low"
-
-
-@dataclass(frozen=True, eq=False)
-class Conservation:
-    """Relevance at each site.
-
-    Attributes:
-        sites: in order of execution.
-        arriving: at the site's output, y * G_y summed, [n, K, sites].
-        leaving: at its inputs, x * G_x summed, [n, K, sites].
-        bias, stabiliser, clamp: what layers under a composite keep, by reason, [n, K, sites]; 0 elsewhere.
-    """
-
-    sites: tuple[Operated, ...]
-    arriving: Tensor
-    leaving: Tensor
-    bias: Tensor
-    stabiliser: Tensor
-    clamp: Tensor
-
-    @property
-    def absorbed(self) -> Tensor:
-        """All that did not go on, [n, K, sites]."""
-        return self.arriving - self.leaving
-
-    @classmethod
-    def joined(cls, parts: "Sequence[Conservation]") -> "Conservation":
-        """Those of several chunks as one."""
-        return cls(parts[0].sites, *(torch.cat([getattr(part, name) for part in parts]) for name in _AMOUNTS))
-
-    def table(self) -> str:
-        """Sites in order of execution, means over images and targets, as a Markdown table."""
-        lines = [f"| site | {' | '.join(_AMOUNTS)} |", "|---|" + "---:|" * len(_AMOUNTS)]
-        columns = (getattr(self, name).flatten(0, 1).mean(0).tolist() for name in _AMOUNTS)
-        for site, *numbers in zip(self.sites, *columns, strict=True):
-            lines.append(f"| {site} | " + " | ".join(f"{number:.4g}" for number in numbers) + " |")
-        return "\n".join(lines)
-
-
-_AMOUNTS = ("arriving", "leaving", "bias", "stabiliser", "clamp")
 
 
 class _Audited(Rule):
@@ -84,7 +43,7 @@ class _Audited(Rule):
         self.rule = rule
         self.images = images
         self.kinds, self.needs = rule.kinds, rule.needs  # type: ignore[misc]
-        self.found: dict[int, tuple[Operated, list[list[Tensor]]]] = {}  # by site: for each replay, the amounts
+        self.found: dict[int, tuple[Operated, list[list[Tensor]]]] = {}  # by site: for each visit, the amounts
 
     def needs_at(self, kind: str) -> frozenset[str]:
         return self.rule.needs_at(kind) | {"input"}
@@ -107,13 +66,17 @@ class _Audited(Rule):
     def relevance(self, gradient: Tensor, images: Tensor) -> Tensor:
         return self.rule.relevance(gradient, images)
 
-    def conservation(self) -> Conservation:
-        """What was noted; sites that no score depends on are left out."""
+    def conservation(self, targets: int) -> Conservation:
+        """What was noted in a replay for each target; sites that no score depends on are left out.
+
+        A layer whose output is used past its batch-norm is visited twice in a replay.
+        """
         found = [self.found[index] for index in sorted(self.found)]
-        amounts = (
-            torch.stack([torch.stack([replay[place] for replay in replays], 1) for _, replays in found], 2)
-            for place in range(len(_AMOUNTS))
+        by_site = (
+            [torch.stack(amount, 1).view(self.images, targets, -1).sum(2) for amount in zip(*visits, strict=True)]
+            for _, visits in found
         )
+        amounts = (torch.stack(amount, 2) for amount in zip(*by_site, strict=True))
         return Conservation(tuple(place for place, _ in found), *amounts)
 
     def _summed(self, values: Tensor) -> Tensor:
@@ -138,11 +101,22 @@ class _Relevance(Method):
         return (_Audited(self.rule(), 0),) if self.audit else (self.rule(),)
 
     def attribute(self, run: Run) -> Tensor:
-        rule = _Audited(self.rule(), len(run.images)) if self.audit else self.rule()
-        values = rule.relevance(run.gradient(rule), run.images.unsqueeze(1))
-        if isinstance(rule, _Audited):
-            run.tell(conservation=rule.conservation())
-        return values
+        rule = self.rule()
+        gradient = self._audited(run)[0] if self.audit else run.gradient(rule)
+        return rule.relevance(gradient, run.images.unsqueeze(1))
+
+    def coverage(self, run: Run) -> Coverage:
+        found = super().coverage(run)
+        return replace(found, conservation=self._audited(run)[1]) if self.audit else found
+
+    def _audited(self, run: Run) -> tuple[Tensor, Conservation]:
+        rule = self.rule()
+
+        def compute() -> tuple[Tensor, Conservation]:
+            audited = _Audited(rule, len(run.images))
+            return run.gradient(audited), audited.conservation(run.scores.shape[1])
+
+        return run.once(("audited", rule), compute)
 
     def expected(self, run: Run) -> Tensor | None:
         return run.scores
@@ -157,7 +131,9 @@ class _Relevance(Method):
 class LRP(_Relevance):
     """Pairs (where, rule): see `attrbox.rules.composites.Composite` and the rules of `attrbox.rules.lrp_layers`."""
 
-    places: Places = option((), "pairs (first, convolution, linear, any or module name; rule); else epsilon")
+    places: Places = option(
+        (), "pairs (first, convolution, linear, batch_norm, any or module name; rule); else epsilon"
+    )
 
     def rule(self) -> Composite:
         return Composite(self.places, self.stabiliser)

@@ -122,7 +122,7 @@ class Run:
             with self.autocast():
                 return record(self.model, self.images, self._rules, self._layers)
 
-        return self._once(("tape",), compute)
+        return self.once(("tape",), compute)
 
     def release(self) -> None:
         """Forget the recorded pass, once the methods that replay it are done."""
@@ -142,7 +142,7 @@ class Run:
         def compute() -> Tensor:
             return self.settings.target.score(self.bare(self.images), self.indices, unit).to(self.images.dtype)
 
-        return self.scores if unit == "logit" else self._once(("scored", unit), compute)
+        return self.scores if unit == "logit" else self.once(("scored", unit), compute)
 
     @property
     def indices(self) -> Tensor | None:
@@ -170,7 +170,7 @@ class Run:
             scores = self.settings.target.score(output, indices).detach().to(self.images.dtype)
             return scores, indices, output.detach().argmax(1) if output.dim() == 2 else None
 
-        return self._once(("scored",), compute)
+        return self.once(("scored",), compute)
 
     def output(self, tape: Tape, count: int | None = None) -> Tensor:
         """The scores of a recorded pass over `count` images, [count, ...]; all of the chunk by default.
@@ -181,7 +181,7 @@ class Run:
         return self._check(unwrap(tape.output), len(self.images) if count is None else count)
 
     def _output(self) -> Tensor:
-        return self._once(("output",), lambda: self._check(unwrap(self.tape.output), len(self.images)))
+        return self.once(("output",), lambda: self._check(unwrap(self.tape.output), len(self.images)))
 
     def _replay(self, inputs: Tensor, rule: Rule | None = None, reference: Reference | None = None) -> Tensor:
         """The gradient of each score with respect to `inputs`, [n, K, ...]."""
@@ -208,7 +208,7 @@ class Run:
             reference = self.reference(baseline) if uses_reference else None
             return self._replay(self.tape.images, rule, reference)
 
-        return self._once(key, compute)
+        return self.once(key, compute)
 
     def feature_map(self, layer: str | None) -> tuple[Tensor, Tensor]:
         """A layer's output [n, C, ...], and the gradient of each score with respect to it, [n, K, C, ...]."""
@@ -222,7 +222,7 @@ class Run:
                 spatial.reshape(*gradient.shape[:2], *spatial.shape[1:]),
             )
 
-        return self._once(("feature_map", layer), compute)
+        return self.once(("feature_map", layer), compute)
 
     # ------------------------------------------------------------------------------------------- baselines, references
 
@@ -268,7 +268,7 @@ class Run:
             with self.autocast():
                 return self.tape.record_reference(self.baseline(baseline))
 
-        return self._once(("reference", identity(baseline)), compute)
+        return self.once(("reference", identity(baseline)), compute)
 
     def baseline_scores(self, baseline: float | Tensor) -> Tensor:
         """The explained scores at the baseline, [n, K]."""
@@ -284,7 +284,7 @@ class Run:
             output = output.expand(len(self.images), *output.shape[1:])
             return self.settings.target.score(output, self.indices).detach().to(self.images.dtype)
 
-        return self._once(("baseline_scores", identity(baseline)), compute)
+        return self.once(("baseline_scores", identity(baseline)), compute)
 
     # ------------------------------------------------------------------------------------------ many passes per image
 
@@ -300,7 +300,7 @@ class Run:
             change = self.images - start
             return self._weighted(weights, lambda draws: start + _steps(nodes[draws], change) * change)
 
-        return self._once(("path", steps, quadrature, identity(baseline)), compute)
+        return self.once(("path", steps, quadrature, identity(baseline)), compute)
 
     def noise_mean(self, samples: int, noise: float) -> Tensor:
         """The mean of `noise_moments`, [n, K, C, H, W]; for less than the moments, if no method asks for those."""
@@ -311,7 +311,7 @@ class Run:
             weights = self.images.new_full((samples,), 1 / samples)
             return self._weighted(weights, self._noisy(noise))
 
-        return self._once(("noise mean", samples, noise), compute)
+        return self.once(("noise mean", samples, noise), compute)
 
     def noise_moments(self, samples: int, noise: float) -> Moments:
         """Moments of the gradient over `samples` copies with Gaussian noise, of standard deviation
@@ -331,7 +331,7 @@ class Run:
                 count += size
             return Moments(mean, squares / samples)
 
-        return self._once(noise_key(samples, noise), compute)
+        return self.once(noise_key(samples, noise), compute)
 
     def _noisy(self, noise: float) -> Callable[[slice], Tensor]:
         """Draws -> noisy copies of the images, [draws, n, ...]."""
@@ -513,7 +513,7 @@ class Run:
             with self.autocast():
                 return record(self.model, images, [rule], twice=True)
 
-        return self._once(("recording", key), compute)
+        return self.once(("recording", key), compute)
 
     def plain(self, images: Tensor) -> Tape:
         """A forward pass of any images for their plain gradient, in the fastest way: nothing is recorded, memory
@@ -545,7 +545,8 @@ class Run:
             with torch.autocast(self.images.device.type, self.settings.precision):
                 yield
 
-    def _once(self, key: tuple[object, ...], compute: Callable[[], T]) -> T:
+    def once(self, key: tuple[object, ...], compute: Callable[[], T]) -> T:
+        """`compute()`, or what it returned for the same key before, also to another method."""
         if key not in self._cache:
             self._cache[key] = compute()
         return cast(T, self._cache[key])

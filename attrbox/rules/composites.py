@@ -10,7 +10,8 @@
 
 Between layers relevance passes as in `attrbox.rules.lrp`: through activations unchanged (f(x) / x), by winners in
 max-pools, by halves in products of two activations, all to the numerator and through the norm. Residual sums, averages
-and whatever else is linear share it in proportion to what each part contributes. Batch-norms belong to their layers.
+and whatever else is linear share it in proportion to what each part contributes. Batch-norms belong to their layers;
+one that follows no layer, as in DenseNet, is a layer of one product and one bias for each output, of kind "batch_norm".
 """
 
 import fnmatch
@@ -33,8 +34,8 @@ FIRST, ANY = "first", "any"
 class Composite(Rule):
     """Rules by place: pairs (where, rule), of which the first that fits a layer holds.
 
-    where: "first" (the first layer that runs), "convolution", "linear", "any", or the name of a module, in which *
-    stands for any letters ("layer4.*"). Layers that no pair fits get `Epsilon()`.
+    where: "first" (the first layer that runs), "convolution", "linear", "batch_norm", "any", or the name of a module,
+    in which * stands for any letters ("layer4.*"). Layers that no pair fits get `Epsilon()`.
     """
 
     places: tuple[tuple[str, LayerRule], ...] = ()
