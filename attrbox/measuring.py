@@ -11,7 +11,7 @@ from attrbox.config import Config
 from attrbox.errors import InputError
 from attrbox.evaluate import evaluate
 from attrbox.experiment import model_of, samples_for
-from attrbox.hdf5 import weights_hash
+from attrbox.hashing import weights_hash
 from attrbox.maps import MapsFile
 from attrbox.metrics.results import Evaluation
 from attrbox.metrics.scores import Score

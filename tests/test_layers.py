@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1] / "attrbox"
 # From the bottom to the top: a module imports from lines above its own only. A package stands for its modules.
 LAYERS = [
     ["attrbox.errors"],
-    ["attrbox.files", "attrbox.registry", "attrbox.shapes"],
+    ["attrbox.files", "attrbox.hashing", "attrbox.registry", "attrbox.shapes"],
     ["attrbox.journal"],
     ["attrbox.guard", "attrbox.memory", "attrbox.targets", "attrbox.perturbations"],
     ["attrbox.seeds", "attrbox.superpixels"],
@@ -38,7 +38,7 @@ LAYERS = [
     ["attrbox.plots", "attrbox.hdf5"],
     ["attrbox.maps"],
     ["attrbox.collect", "attrbox.compare"],
-    ["attrbox.doctor"],
+    ["attrbox.doctor", "attrbox.fitting"],
     ["attrbox.metrics.statistics", "attrbox.metrics.study"],
     ["attrbox.metrics.base"],
     ["attrbox.metrics.scores", "attrbox.metrics.sources"],

@@ -69,9 +69,17 @@ def _batch_norm(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operation | No
 
 
 def _layer(
-    kind: str, x: Tensor, run: Function, apply: Function, weight: Tensor, bias: Tensor | None, turned: bool
+    kind: str,
+    x: Tensor,
+    run: Function,
+    apply: Function,
+    weight: Tensor,
+    bias: Tensor | None,
+    turned: bool,
+    joined: bool = False,
 ) -> Operation:
-    options = {"apply": apply, "weight": weight, "bias": bias, "nonnegative": _is_nonnegative(x), "turned": turned}
+    options = {"apply": apply, "weight": weight, "bias": bias, "nonnegative": _is_nonnegative(x)}
+    options |= {"turned": turned, "joined": joined}
     return Operation(kind, (x,), run, lambda x: apply(x, weight, bias), options=options)
 
 
@@ -94,6 +102,7 @@ def with_batch_norm(
         weight * scale.view(-1, *(1,) * (weight.dim() - 1)),
         shift if bias is None else bias * scale + shift,
         False,
+        joined=True,
     )
 
 
