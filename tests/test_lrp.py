@@ -267,6 +267,41 @@ def test_deep_taylor_is_positive_and_sums_to_the_positive_score(name):
         assert (total <= maps.score.relu() + 1e-6).all()
 
 
+def test_contrastive_excitation_by_hand():
+    """Zhang et al. 2016, section 3.3: of one neuron (1, 0) - (0, 1); of two layers, neuron by neuron."""
+    model = nn.Linear(2, 1, bias=False).double().eval()
+    model.weight.data[:] = torch.tensor([[2.0, -1.0]])
+    one = torch.ones(1, 2, dtype=torch.float64)
+    options = {"contrastive": True, "stabiliser": 1e-12}
+    maps = attrbox.explain(model, one, "excitation_backprop", target=0, **options)
+    assert maps.values[0].tolist() == pytest.approx([1.0, -1.0])
+    assert maps.gap is None
+
+    model = seeded(lambda: nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)))
+    x = images(4, 6).abs()
+    hidden = model[1](model[0](x)).detach()
+
+    def down(products: Tensor, shares: Tensor) -> Tensor:
+        """Each neuron's share [n, outputs] by its positive products [n, outputs, inputs]."""
+        positive = pos(products)
+        return (positive / (positive.sum(2, keepdim=True) + 1e-12) * shares[..., None]).sum(1)
+
+    products = x[:, None] * model[0].weight.detach()
+    for target in range(3):
+        row = model[2].weight[target].detach() * hidden
+        sides = [down(products, down(side[:, None], torch.ones(4, 1).double())) for side in (row, -row)]
+        maps = attrbox.explain(model, x, "excitation_backprop", target=target, **options)
+        torch.testing.assert_close(maps.values, sides[0] - sides[1], rtol=1e-6, atol=1e-8)
+        plain = attrbox.explain(model, x, "excitation_backprop", target=target, stabiliser=1e-12).values
+        torch.testing.assert_close(plain, sides[0], rtol=1e-6, atol=1e-8)
+    several = attrbox.explain(model, x, "EBP", target=attrbox.classes([2, 0]), batch_size=3, **options).values
+    torch.testing.assert_close(several[:, 0], maps.values)
+    with pytest.raises(OptionError, match="difference of two"):
+        attrbox.explain(model, x, "EBP", contrastive=True, audit=True)
+    with pytest.raises(OptionError, match="contrastive"):
+        attrbox.explain(model, x, "EBP", contrastive=1)
+
+
 def test_the_rule_of_a_layer_is_the_first_that_fits():
     model, x = residual_net(), images(2, 3, 8, 8)
     plus = attrbox.explain(model, x, "epsilon_plus", target=1).values

@@ -341,6 +341,9 @@ class Recorder(TorchFunctionMode):
             if layer not in near:
                 raise OptionError(f"The model has no layer {layer!r}. {near_miss(layer, near)}")
             raise OptionError(f"The layer {layer!r} did not run, or its output depends not on the images.")
+        layers = [site for site in self.sites if site.kind in LAYERS]
+        if layers:
+            layers[-1].options["last"] = True
         scores = unwrap(output)
         self._pairs.used([scores])
         self.unknown.extend(_custom_functions(scores))

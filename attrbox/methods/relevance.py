@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from attrbox.engine.site import LAYERS, Gradients, Rule, Site
+from attrbox.errors import OptionError
 from attrbox.methods.base import Method, check_choice, check_flag, check_number, option, register_method
 from attrbox.methods.run import Run
 from attrbox.rules.composites import Composite
@@ -132,7 +133,7 @@ class LRP(_Relevance):
     """Pairs (where, rule): see `attrbox.rules.composites.Composite` and the rules of `attrbox.rules.lrp_layers`."""
 
     places: Places = option(
-        (), "pairs (first, convolution, linear, batch_norm, any or module name; rule); else epsilon"
+        (), "pairs (first, last, convolution, linear, batch_norm, any or module name; rule); else epsilon"
     )
 
     def rule(self) -> Composite:
@@ -230,23 +231,42 @@ class DeepTaylor(_Relevance):
 @register_method(
     "excitation_backprop",
     summary="Excitation backpropagation: winning probability, by positive products without biases",
-    reference="Zhang et al., ECCV 2016, equation 5",
+    reference="Zhang et al., ECCV 2016, equation 5; contrastive: section 3.3",
     aliases=("EBP",),
     units="probability",
 )
 @dataclass(frozen=True, kw_only=True)
 class Excitation(_Relevance):
-    """The relevance of a score of 1, without its contrast to other classes."""
+    """The relevance of a score of 1; contrastive: less that of the same score with the last layer's weights negated."""
+
+    contrastive: bool = option(False, "subtract the map of what speaks against the class")
+
+    def __post_init__(self) -> None:
+        check_flag("contrastive", self.contrastive)
+        if self.contrastive and self.audit:
+            raise OptionError("Expected audit=False with contrastive=True: it is the difference of two propagations.")
+        super().__post_init__()
 
     def rule(self) -> Composite:
         return Composite((("any", ExcitationBackprop()),), self.stabiliser)
 
+    @property
+    def against(self) -> Composite:
+        """The composite of the map that is subtracted."""
+        return Composite((("last", ExcitationBackprop(negated=True)), *self.rule().places), self.stabiliser)
+
+    @property
+    def rules(self) -> tuple[Rule | None, ...]:
+        return (*super().rules, self.against) if self.contrastive else super().rules
+
     def attribute(self, run: Run) -> Tensor:
         values = super().attribute(run)
+        if self.contrastive:
+            values = values - self.against.relevance(run.gradient(self.against), run.images.unsqueeze(1))
         return values / nonzero(run.scores).view(*run.scores.shape, *(1,) * (values.dim() - 2))
 
     def expected(self, run: Run) -> Tensor | None:
-        return torch.ones_like(run.scores)
+        return None if self.contrastive else torch.ones_like(run.scores)
 
 
 @register_method(
