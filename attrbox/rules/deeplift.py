@@ -43,7 +43,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attrbox.engine.site import ELEMENTWISE, FUNCTIONS, KINDS, Gradients, Rule, Site
+from attrbox.engine.site import ELEMENTWISE, FUNCTIONS, KINDS, LAYERS, Gradients, Rule, Site
 from attrbox.errors import OptionError
 from attrbox.rules.norms import normed, weighted
 
@@ -78,24 +78,25 @@ class DeepLift(Rule):
             raise OptionError(
                 f"Expected reveal_cancel to be {', '.join(map(repr, _REVEALED))}, got {self.reveal_cancel!r}."
             )
-        object.__setattr__(self, "kinds", KINDS | _REVEALED[self.reveal_cancel])
+        object.__setattr__(self, "kinds", type(self).kinds | _REVEALED[self.reveal_cancel])
 
     def needs_at(self, kind: str) -> frozenset[str]:
         return self.needs | {"derivative"} if kind in ELEMENTWISE else self.needs
 
     def treats(self, site: Site) -> bool:
-        return site.kind in KINDS or (site.kind in self.kinds and "activation" in site.options)
+        return site.kind in self.kinds and (site.kind not in LAYERS or "activation" in site.options)
 
     def check(self, sites: Sequence[Site]) -> None:
-        if self.kinds != KINDS and all(site.kind in KINDS or not self.treats(site) for site in sites):
-            layers = " or ".join(sorted(self.kinds - KINDS))
+        revealed = _REVEALED[self.reveal_cancel]
+        if revealed and not any(site.kind in revealed and self.treats(site) for site in sites):
+            layers = " or ".join(sorted(revealed))
             raise OptionError(
                 f"RevealCancel is defined where an activation alone takes the output of a {layers} layer, which "
                 f"nothing in this model does. Use reveal_cancel={'all' if layers == 'linear' else 'none'!r}."
             )
 
     def propagate(self, site: Site, grad_output: Tensor) -> Gradients:
-        if site.kind not in KINDS:
+        if site.kind in LAYERS:
             return _reveal_cancel(site, grad_output)
         if site.options.get("layer") in self.kinds:  # done at the layer
             return grad_output
