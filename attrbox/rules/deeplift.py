@@ -121,7 +121,9 @@ def _slope(site: Site) -> Tensor:
 
 def _reveal_cancel(site: Site, grad_output: Tensor) -> Tensor:
     apply, activation = site.options["apply"], site.options["activation"]
-    x, x0, weight = site.input, site.reference_input, site.options["weight"]
+    x, x0 = site.input, site.reference_input
+    weight, bias = (None if t is None else t.to(x.dtype) for t in (site.options["weight"], site.options["bias"]))
+    assert weight is not None
     twice = torch.is_grad_enabled()
     with torch.enable_grad():
         change = x - x0 if twice and x.requires_grad else (x - x0).detach().requires_grad_()
@@ -129,7 +131,7 @@ def _reveal_cancel(site: Site, grad_output: Tensor) -> Tensor:
         raising, lowering = change.clamp(min=0), change.clamp(max=0)
         p = apply(raising, up, None) + apply(lowering, down, None)
         n = apply(raising, down, None) + apply(lowering, up, None)
-    z0 = apply(x0, weight, site.options["bias"])
+    z0 = apply(x0, weight, bias)
 
     def slope(start: Tensor, end: Tensor) -> Tensor:
         return _slope(activation.with_tensors((end,), None, (start,), site.rule))

@@ -42,7 +42,7 @@ class PatternRule(Rule):
             raise ModelError(f"There is no pattern for {Operated.listed([site])[0]}. Fit them on images that reach it.")
         pattern = pattern.to(site.input)
         if self.weighted:
-            pattern = pattern * site.options["weight"]
+            pattern = pattern * site.options["weight"].to(pattern)
         differentiable = torch.is_grad_enabled()
         with torch.enable_grad():
             anywhere = torch.zeros_like(site.input, requires_grad=True)  # the layer is linear
