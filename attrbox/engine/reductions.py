@@ -68,21 +68,14 @@ class _MaxPool:
         return Operation("max_pool", (input,), run, lambda x: pool(x)[0], options={"pool": pool, "dims": self.dims})
 
 
-@dataclass(frozen=True)
 class _FractionalMaxPool(_MaxPool):
-    """Windows drawn beforehand, [N, C, dims] numbers: those of the images hold for a single reference, too."""
+    """Windows drawn beforehand, [N, C, dims] numbers, so that a reference needs as many rows as the images."""
 
     def __call__(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operation | None:
-        samples = kwargs.get("_random_samples")
         found = super().__call__(function, args, kwargs)
-        if samples is None or found is None:  # drawn anew in each pass: the recorder refuses it
+        if found is None or kwargs.get("_random_samples") is None:  # drawn anew in each pass: the recorder refuses it
             return None
-        draw = found.options["pool"]
-
-        def pool(x: Tensor) -> Any:
-            return draw(x.expand(len(samples), *x.shape[1:]))
-
-        return replace(found, pure=lambda x: pool(x)[0], options={**found.options, "pool": pool})
+        return replace(found, options={**found.options, "by_row": True})
 
 
 def _amax(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operation | None:

@@ -66,7 +66,8 @@ class Tape:
                 "path, or a method without one."
             )
         if len(reference) == 1 and not all(map(_broadcasts, self.sites, recorder.kept)):
-            # The model lays the batch and another axis together, such as windows: one reference for each image.
+            # The model treats rows differently, or lays the batch and another axis together, such as windows: one
+            # reference for each image.
             recorder, output = self._forward_reference(reference.expand(len(self.images), *reference.shape[1:]))
         return Reference(tuple(recorder.kept), unwrap(output).detach())
 
@@ -202,9 +203,13 @@ def check_visible(model: nn.Module) -> None:
 
 def _broadcasts(site: Site, reference: tuple[Tensor, ...] | None) -> bool:
     """Whether what a reference left at a site stands for all images: its axes are the same, or 1."""
-    return reference is None or all(
-        there.dim() == len(here) and all(size in (1, wanted) for size, wanted in zip(there.shape, here, strict=True))
-        for there, here in zip(reference, site.shapes, strict=True)
+    return "by_row" not in site.options and (
+        reference is None
+        or all(
+            there.dim() == len(here)
+            and all(size in (1, wanted) for size, wanted in zip(there.shape, here, strict=True))
+            for there, here in zip(reference, site.shapes, strict=True)
+        )
     )
 
 
