@@ -1133,6 +1133,10 @@ def test_fractional_max_pools_have_the_windows_of_the_images_in_the_reference(dr
     for baseline in (0.0, images(3, 8, 8, seed=4), images(3, 3, 8, 8, seed=5)):
         maps = attrbox.explain(model, x, "deeplift", target=1, baseline=baseline, batch_size=3)
         assert maps.relative_gap.max() < 1e-9
+        start = torch.as_tensor(baseline, dtype=x.dtype).expand_as(x)
+        each = attrbox.explain(model, x, "deeplift", target=1, baseline=start.clone(), batch_size=3)
+        torch.testing.assert_close(maps.values, each.values)
+        torch.testing.assert_close(maps.values.flatten(1).sum(1), (model(x) - model(start))[:, 1].detach())
     assert [site.operation for site in maps.coverage.rule] == ["max_pool", "relu"]
     assert maps.coverage.complete
     expected = attrbox.explain(model, x, "gradient_x_input", target=1, batch_size=3).values
