@@ -1116,14 +1116,14 @@ class Fractional(nn.Module):
 
     def __init__(self, draws: str) -> None:
         super().__init__()
-        self.inside, self.head = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(4 * 16, 3)
+        self.inside, self.head = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(4 * 25, 3)
         rows = 1 if draws == "shared" else 3
         samples = torch.rand(rows, 4, 2, generator=torch.Generator().manual_seed(0))
         self.register_buffer("samples", None if draws == "anew" else samples)
 
     def forward(self, x: Tensor) -> Tensor:
         rows = None if self.samples is None else self.samples.expand(max(len(x), len(self.samples)), -1, -1)[: len(x)]
-        pooled = F.fractional_max_pool2d(self.inside(x), 2, output_size=4, _random_samples=rows)
+        pooled = F.fractional_max_pool2d(self.inside(x), 2, output_size=5, _random_samples=rows)
         return self.head(pooled.relu().flatten(1))
 
 
