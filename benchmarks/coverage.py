@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import importlib.metadata
 import json
+import re
 import sys
 import time
 import warnings
@@ -34,10 +35,11 @@ sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from nets import calibrate, images
 
 RESULTS = Path(__file__).with_suffix(".jsonl")
-# The side of the images, where a family needs another than 64.
+# The side of the images, and of those that need another.
+SIDE = 64
 SIDES = {"inception_v3": 96, "maxvit": 224, "vit_h_14": 56}
 # Beyond so many parameters images are half as wide, and all but DeepLIFT runs in single precision.
-LARGE = 30e6
+LARGE = 8e6
 # Relative to the largest value: how far a map may depend on batch mates, how much relevance may be lost unseen.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2}
 # A completeness gap, relative to the difference of the scores, that is called one.
@@ -73,7 +75,7 @@ class Subject:
 
     def __init__(self, name: str) -> None:
         self.large = torchvision.models.get_model_weights(name).DEFAULT.meta["num_params"] > LARGE
-        side = next((side for start, side in SIDES.items() if name.startswith(start)), 64)
+        side = next((side for start, side in SIDES.items() if name.startswith(start)), SIDE)
         narrow = ("alexnet", "inception", "maxvit", "vit")  # they take no less
         if self.large and not name.startswith(narrow):
             side //= 2
@@ -222,6 +224,87 @@ def inside() -> list[str]:
     """The methods that the doctor tries."""
     net = nn.Sequential(nn.Flatten(), nn.Linear(12, 2)).eval()
     return [finding.method for finding in attrbox.doctor(net, torch.ones(1, 3, 2, 2)).findings]
+
+
+PAGE = """# Coverage
+
+Every classification model of torchvision, unedited, against every method that looks inside of a model, and the peers.
+
+    python benchmarks/coverage.py            runs what is not in benchmarks/coverage.jsonl yet; resumes
+    python benchmarks/coverage.py --table    prints this page
+
+{versions}. Random weights, batch-norms calibrated, images of {side} pixels or what a model takes, float64; beyond
+{large:.0f} million parameters images of half the side, and float32 for all but DeepLIFT. The explained class is each
+image's largest output. Peers are called as their documentation shows: zennit with its canonizer for the family, or the
+one that merges batch-norms, where the canonized model still computes the same; captum with its default baselines.
+
+| entry | what it says |
+|---|---|
+| 8/8 | how many of the family's models pass: recorded pass equal to the native one, map finite, complete where the method promises it, the same alone as in a batch, model untouched |
+| refused | raises an error that gives the reason |
+| exact, runs | gives a map; exact: its sum is right, too |
+| raises | raises an error |
+| gradient | returns the plain gradient (or its product with the input) without a word |
+| gap 40 % | returns a map whose sum misses the difference of the scores by so much of it, at worst, without a word |
+
+{table}
+
+{notes}
+
+DeepLIFT's largest relative completeness gap here is {convolutional:.0e} on convolutional models and {transformers:.0e}
+on transformers.
+"""
+
+
+def table(path: Path) -> str:
+    """The page: methods by families."""
+    versions, records = read(path)
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for record in records:
+        found.setdefault((record["method"], family(record["model"])), []).append(record)
+    present = [name for name in FAMILIES if any(name == place for _, place in found)]
+    counts = {name: len({record["model"] for record in records if family(record["model"]) == name}) for name in present}
+    reasons: dict[str, int] = {}
+    lines = ["| method | " + " | ".join(f"{name} ({count})" for name, count in counts.items()) + " |"]
+    lines.append("|---" * (len(present) + 1) + "|")
+    methods = dict.fromkeys(record["method"] for record in records)
+    for method in sorted(methods, key=lambda method: (method.startswith("zennit"), " " in method, method.lower())):
+        entries = [entry(found.get((method, name), []), reasons) for name in present]
+        lines.append(f"| {method} | " + " | ".join(entries) + " |")
+    gaps = {
+        kind: max(
+            (r["gap"] for r in records if r["method"] == "deeplift" and (family(r["model"]) in TRANSFORMERS) == kind),
+            default=0.0,
+        )
+        for kind in (False, True)
+    }
+    return PAGE.format(
+        versions=", ".join(f"{name} {version}" for name, version in versions.items()),
+        side=SIDE,
+        large=LARGE / 1e6,
+        table="\n".join(lines),
+        notes="\n".join(f"{number}. {reason}" for reason, number in reasons.items()),
+        convolutional=gaps[False],
+        transformers=gaps[True],
+    )
+
+
+def entry(records: list[dict[str, Any]], reasons: dict[str, int]) -> str:
+    """What a method did on a family; reasons get the next numbers."""
+    verdicts: dict[str, list[dict[str, Any]]] = {}
+    for record in records:
+        verdicts.setdefault(record["verdict"], []).append(record)
+    words = []
+    for verdict, own in verdicts.items():
+        word = f"gap {max(r['gap'] for r in own):.0%}" if verdict == "incomplete" else verdict
+        if verdict == "exact" and " " not in own[0]["method"]:
+            word = f"{len(own)}/{len(records)}"
+        elif len(own) < len(records):
+            word = f"{len(own)} {word}"
+        texts = dict.fromkeys(re.sub(r"\d+", "n", record["reason"]) for record in own if "reason" in record)
+        numbers = sorted(reasons.setdefault(text, len(reasons) + 1) for text in texts)
+        words.append(word + (f" [{', '.join(map(str, numbers))}]" if numbers else ""))
+    return ", ".join(words)
 
 
 def read(path: Path) -> tuple[dict[str, str], list[dict[str, Any]]]:

@@ -27,8 +27,17 @@ from torch import Tensor, nn
 
 import attrbox
 
-BATCHES = {"resnet18": 8, "vgg16": 4, "efficientnet_lite0": 8, "inception_v3": 4}
-SINGLE = ["saliency", "gradient_x_input", "guided_backprop", "deconvnet", "lrp_epsilon", "deeplift", "grad_cam"]
+BATCHES = {"resnet18": 8, "vgg16": 4, "efficientnet_lite0": 8, "inception_v3": 4, "vit_b_16": 2}
+SINGLE = [
+    *("saliency", "gradient_x_input", "guided_backprop", "deconvnet", "lrp_epsilon", "attn_lrp", "deeplift"),
+    "grad_cam",
+]
+# attrbox's composites -> zennit's
+COMPOSITES = {
+    "epsilon_plus": "EpsilonPlus",
+    "epsilon_gamma_box": "EpsilonGammaBox",
+    "epsilon_alpha2_beta1": "EpsilonAlpha2Beta1",
+}
 FAMILY = [
     *("saliency", "gradient_x_input", "guided_backprop", "deconvnet", "deeplift", "integrated_gradients"),
     *("smoothgrad", "squared_smoothgrad", "vargrad", "grad_cam", "guided_grad_cam"),
@@ -46,7 +55,10 @@ def load(name: str) -> nn.Module:
     options = {"init_weights": False, "aux_logits": True} if name == "inception_v3" else {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return torchvision.models.get_model(name, weights=None, **options).eval()
+        model = torchvision.models.get_model(name, weights=None, **options).eval()
+    if name == "vit_b_16":  # torchvision starts its head at 0
+        nn.init.normal_(model.heads.head.weight, std=0.1)
+    return model
 
 
 def photographs(name: str, batch: int) -> Tensor:
@@ -214,6 +226,42 @@ def comparison(models: Sequence[str], count: int) -> None:
     table(["model", "methods", "captum raises on", "attrbox / captum"], rows)
 
 
+def composites(models: Sequence[str], count: int) -> None:
+    """LRP composites against zennit's with its canonizers, and in native passes."""
+    print("### LRP composites: attrbox's seconds / zennit's (less than 1: attrbox is faster), and in native passes\n")
+    rows = []
+    for name in models:
+        model, images = load(name), photographs(name, 2)
+        theirs = zennit_calls(name, model, images)
+        ours = {method: explained(model, images, method, **_BOUNDS.get(method, {})) for method in COMPOSITES}
+        seconds = rounds({"native": lambda model=model, images=images: native(model, images)} | theirs | ours, count)
+        for method, peer in COMPOSITES.items():
+            against = (ratio(seconds[method], seconds[base]) for base in (peer, "native"))
+            rows.append([f"{name}, {len(images)} images", method, *against, ratio(seconds[peer], seconds["native"])])
+    table(["model", "composite", "attrbox / zennit", "attrbox / native", "zennit / native"], rows)
+
+
+_BOUNDS = {"epsilon_gamma_box": {"low": -3.0, "high": 3.0}}
+
+
+def zennit_calls(name: str, model: nn.Module, images: Tensor) -> dict[str, Callable[[], object]]:
+    """The composites by zennit, each as its documentation shows it."""
+    import zennit.composites
+    from zennit.attribution import Gradient
+    from zennit.torchvision import ResNetCanonizer, VGGCanonizer
+
+    canonizer = VGGCanonizer if name.startswith("vgg") else ResNetCanonizer
+    seed = torch.eye(1000)[[0] * len(images)]
+
+    def call(method: str, peer: str) -> object:
+        bounds = {key: torch.full_like(images, value) for key, value in _BOUNDS.get(method, {}).items()}
+        composite = getattr(zennit.composites, peer)(canonizers=[canonizer()], **bounds)
+        with Gradient(model, composite) as attributor:
+            return attributor(images, seed)
+
+    return {peer: lambda method=method, peer=peer: call(method, peer) for method, peer in COMPOSITES.items()}
+
+
 def precisions(models: Sequence[str], count: int) -> None:
     """bfloat16 autocast: speed and rank correlation with float32."""
     from scipy.stats import spearmanr
@@ -270,7 +318,7 @@ def memory(models: Sequence[str]) -> None:
     table(["model", *jobs[1:]], rows)
 
 
-TABLES = ["passes", "memory", "peers", "comparison", "precisions"]
+TABLES = ["passes", "memory", "peers", "comparison", "composites", "precisions"]
 
 
 def main() -> None:
@@ -298,6 +346,8 @@ def main() -> None:
         peers(options.models, few)
     if "comparison" in options.tables:
         comparison(options.models, few)
+    if "composites" in options.tables:
+        composites([name for name in options.models if name in ("resnet18", "vgg16")], few)
     if "precisions" in options.tables:
         precisions(options.models, few)
 
