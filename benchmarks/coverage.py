@@ -89,6 +89,7 @@ class Subject:
         self.name = name
         self.model = calibrate(model, side, torch.float32, samples=2)
         self.images = images(2, 3, side, side, seed=1, dtype=torch.float32)
+        self._gradients: dict[torch.dtype, Tensor] = {}
         with torch.no_grad():
             self.target = self.model(self.images).argmax(1)
 
@@ -97,6 +98,13 @@ class Subject:
         double = not self.large or method.endswith("deeplift")
         self.model.to(torch.float64 if double else torch.float32)
         self.images = self.images.to(torch.float64 if double else torch.float32)
+
+    def gradient(self) -> Tensor:
+        """The plain gradient."""
+        if self.images.dtype not in self._gradients:
+            options = {"absolute": False, "target": self.target, "progress": False}
+            self._gradients[self.images.dtype] = attrbox.explain(self.model, self.images, "saliency", **options).values
+        return self._gradients[self.images.dtype]
 
 
 def state(model: nn.Module) -> list[Any]:
@@ -181,7 +189,7 @@ def peers() -> dict[str, Peer]:
 def peer_cell(subject: Subject, method: str, run: Peer) -> dict[str, Any]:
     """The same of a peer's method: runs, raises, is incomplete, or gives the plain gradient (times the input)."""
     model, x, target = subject.model, subject.images, subject.target
-    plain = attrbox.explain(model, x, "saliency", absolute=False, target=target, progress=False).values
+    plain = subject.gradient()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
