@@ -32,11 +32,11 @@ SINGLE = [
     *("saliency", "gradient_x_input", "guided_backprop", "deconvnet", "lrp_epsilon", "attn_lrp", "deeplift"),
     "grad_cam",
 ]
-# attrbox's composites -> zennit's
-COMPOSITES = {
-    "epsilon_plus": "EpsilonPlus",
-    "epsilon_gamma_box": "EpsilonGammaBox",
-    "epsilon_alpha2_beta1": "EpsilonAlpha2Beta1",
+# attrbox's composites -> zennit's, options of both
+COMPOSITES: dict[str, tuple[str, dict[str, float]]] = {
+    "epsilon_plus": ("EpsilonPlus", {}),
+    "epsilon_gamma_box": ("EpsilonGammaBox", {"low": -3.0, "high": 3.0}),
+    "epsilon_alpha2_beta1": ("EpsilonAlpha2Beta1", {}),
 }
 FAMILY = [
     *("saliency", "gradient_x_input", "guided_backprop", "deconvnet", "deeplift", "integrated_gradients"),
@@ -226,40 +226,40 @@ def comparison(models: Sequence[str], count: int) -> None:
     table(["model", "methods", "captum raises on", "attrbox / captum"], rows)
 
 
-def composites(models: Sequence[str], count: int) -> None:
-    """LRP composites against zennit's with its canonizers, and in native passes."""
-    print("### LRP composites: attrbox's seconds / zennit's (less than 1: attrbox is faster), and in native passes\n")
-    rows = []
-    for name in models:
-        model, images = load(name), photographs(name, 2)
-        theirs = zennit_calls(name, model, images)
-        ours = {method: explained(model, images, method, **_BOUNDS.get(method, {})) for method in COMPOSITES}
-        seconds = rounds({"native": lambda model=model, images=images: native(model, images)} | theirs | ours, count)
-        for method, peer in COMPOSITES.items():
-            against = (ratio(seconds[method], seconds[base]) for base in (peer, "native"))
-            rows.append([f"{name}, {len(images)} images", method, *against, ratio(seconds[peer], seconds["native"])])
-    table(["model", "composite", "attrbox / zennit", "attrbox / native", "zennit / native"], rows)
-
-
-_BOUNDS = {"epsilon_gamma_box": {"low": -3.0, "high": 3.0}}
-
-
 def zennit_calls(name: str, model: nn.Module, images: Tensor) -> dict[str, Callable[[], object]]:
-    """The composites by zennit, each as its documentation shows it."""
+    """The composites by zennit with its canonizers, each as its documentation shows it."""
     import zennit.composites
     from zennit.attribution import Gradient
     from zennit.torchvision import ResNetCanonizer, VGGCanonizer
 
     canonizer = VGGCanonizer if name.startswith("vgg") else ResNetCanonizer
-    seed = torch.eye(1000)[[0] * len(images)]
+    seed = torch.zeros_like(model(images).detach())
+    seed[:, 0] = 1
 
-    def call(method: str, peer: str) -> object:
-        bounds = {key: torch.full_like(images, value) for key, value in _BOUNDS.get(method, {}).items()}
+    def call(peer: str, options: dict[str, float]) -> object:
+        bounds = {key: torch.full_like(images, value) for key, value in options.items()}
         composite = getattr(zennit.composites, peer)(canonizers=[canonizer()], **bounds)
         with Gradient(model, composite) as attributor:
             return attributor(images, seed)
 
-    return {peer: lambda method=method, peer=peer: call(method, peer) for method, peer in COMPOSITES.items()}
+    return {peer: lambda peer=peer, options=options: call(peer, options) for peer, options in COMPOSITES.values()}
+
+
+def composites(models: Sequence[str], count: int) -> None:
+    """LRP composites against zennit's, and in native passes."""
+    print("### LRP composites: attrbox's seconds / zennit's (less than 1: attrbox is faster), and in native passes\n")
+    rows = []
+    for name in models:
+        model, images = load(name), photographs(name, 2)
+        candidates = {"native": lambda model=model, images=images: native(model, images)}
+        candidates |= zennit_calls(name, model, images)
+        candidates |= {method: explained(model, images, method, **own) for method, (_, own) in COMPOSITES.items()}
+        seconds = rounds(candidates, count)
+        for method, (peer, _) in COMPOSITES.items():
+            pairs = ((method, peer), (method, "native"), (peer, "native"))
+            row = [ratio(seconds[one], seconds[base]) for one, base in pairs]
+            rows.append([f"{name}, {len(images)} images", method, *row])
+    table(["model", "composite", "attrbox / zennit", "attrbox / native", "zennit / native"], rows)
 
 
 def precisions(models: Sequence[str], count: int) -> None:
