@@ -203,7 +203,7 @@ def peer_cell(subject: Subject, method: str, run: Peer) -> dict[str, Any]:
         try:
             values = run(peers_own, x.clone().requires_grad_()).detach()
         except Exception as error:  # whatever a peer may raise is what is asked for
-            return {"verdict": "raises", "reason": f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"}
+            return {"verdict": "raises", "reason": f"{type(error).__name__}: {' '.join(str(error).split())}"}
     if not values.isfinite().all():
         return {"verdict": "not finite"}
     for gradient in (plain, plain * x):
@@ -229,7 +229,18 @@ def cells(name: str, done: set[tuple[str, str]]) -> Iterator[dict[str, Any]]:
         subject.precise_for(method.lower())
         start = time.perf_counter()
         found = peer_cell(subject, method, others[method]) if method in others else cell(subject, method)
-        yield {"model": name, "method": method, **found, "seconds": round(time.perf_counter() - start, 2)}
+        seconds = time.perf_counter() - start
+        yield {"model": name, "method": method, **concise(found), "seconds": round(seconds, 1)}
+
+
+def concise(found: dict[str, Any]) -> dict[str, Any]:
+    """Two digits of figures, the first sentence of reasons, the last name of classes."""
+    shortened: dict[str, Any] = {key: float(f"{value:.1e}") for key, value in found.items() if isinstance(value, float)}
+    if "reason" in found:
+        shortened["reason"] = re.sub(
+            r"<class '[\w.]+\.(\w+)'>", r"\1", found["reason"].split(". ")[0][:160].rstrip(".")
+        )
+    return found | shortened
 
 
 def inside() -> list[str]:
@@ -310,12 +321,15 @@ def entry(records: list[dict[str, Any]], reasons: dict[str, int]) -> str:
         verdicts.setdefault(record["verdict"], []).append(record)
     words = []
     for verdict, own in verdicts.items():
-        word = f"gap {max(r['gap'] for r in own):.0%}" if verdict == "incomplete" else verdict
+        word = verdict
+        if verdict == "incomplete":
+            gap = max(record["gap"] for record in own)
+            word = f"gap {gap:.0%}" if gap < 10 else "gap > 1000%"
         if verdict == "exact" and " " not in own[0]["method"]:
             word = f"{len(own)}/{len(records)}"
         elif len(own) < len(records):
             word = f"{len(own)} {word}"
-        texts = dict.fromkeys(re.sub(r"\d+", "n", record["reason"]) for record in own if "reason" in record)
+        texts = dict.fromkeys(re.sub(r"\b\d+\b", "n", record["reason"]) for record in own if "reason" in record)
         numbers = sorted(reasons.setdefault(text, len(reasons) + 1) for text in texts)
         words.append(word + (f" [{', '.join(map(str, numbers))}]" if numbers else ""))
     return ", ".join(words)
@@ -346,7 +360,7 @@ def main() -> None:
     with options.out.open("a") as file:
         for name in options.models or torchvision.models.list_models(module=torchvision.models):
             for record in cells(name, done):
-                file.write(json.dumps(record) + "\n")
+                file.write(json.dumps(record, separators=(",", ":")) + "\n")
                 file.flush()
                 print(*record.values(), flush=True)
 
