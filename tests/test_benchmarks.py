@@ -78,12 +78,18 @@ def test_the_state_is_every_bit_of_the_model():
     assert coverage.state(model) != before
 
 
-def test_relevance_that_the_audit_misses():
+def test_relevance_that_the_audit_misses(monkeypatch):
     maps = attrbox.explain(relu_net(), X, "epsilon_plus", target=1, audit=True, progress=False)
     told = maps.details["conservation"]
     wrong = dataclasses.replace(maps, details={"conservation": dataclasses.replace(told, leaving=told.arriving)})
     assert coverage.unaudited(maps) < 1e-12
     assert coverage.unaudited(wrong) > 0.01
+    between = attrbox.explain(relu_net(), X, "attn_lrp", target=1, audit=True, progress=False)
+    assert coverage.unaudited(between) is None
+    monkeypatch.setattr(coverage, "unaudited", lambda maps: 0.1)
+    found = coverage.cell(subject(), "epsilon_plus")
+    assert found["verdict"] == "fails"
+    assert "audit" in found["reason"]
 
 
 def test_what_peers_do():
@@ -123,7 +129,7 @@ def test_the_words_of_the_table(tmp_path):
     assert "| deeplift | 1/2, 1 fails [1] | 1/1 |" in page
     assert "| captum DeepLift | gap 40% | raises [1] |" in page
     assert "1. for n reasons\n" in page
-    assert "2e-13 on convolutional models" in page
+    assert "DeepLIFT: 2e-13 on convolutional models, 3e-14 on transformers" in page
     assert "torch 9." in page
 
 
