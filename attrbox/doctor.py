@@ -131,7 +131,9 @@ def _judged(maps: Attribution, native: Tensor) -> tuple[str, str]:
     if "baseline" in maps.options and "steps" not in maps.options:
         sharp = gap < TOLERANCE.get(maps.values.dtype, 1e-2)
         return "exact" if sharp else "approximate", f"complete to {gap:.0e} of the map"
-    return "exact", f"biases, stabilisers and clamps absorb {float(maps.relative_gap.median()):.0%} of the score"
+    if bool(maps.relative_gap.isnan().all()):
+        return "exact", "an empty map, as no score is positive"
+    return "exact", f"biases, stabilisers and clamps absorb {float(maps.relative_gap.nanmedian()):.0%} of the score"
 
 
 def _tally(operations: Iterable[Any]) -> dict[str, int]:
