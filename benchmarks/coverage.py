@@ -41,8 +41,8 @@ RESULTS = Path(__file__).with_suffix(".jsonl")
 # The side of the images, and of those that need another.
 SIDE = 64
 SIDES = {"inception_v3": 96, "maxvit": 224, "vit_h_14": 56}
-# Beyond so many parameters images are half as wide, and all but DeepLIFT runs in single precision.
-LARGE = 8e6
+# Beyond so many parameters images are half as wide; and all but DeepLIFT runs in single precision, for the memory.
+LARGE, HUGE = 8e6, 400e6
 # Relative to the largest value: how far a map may depend on batch mates, how much relevance may be lost unseen.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2}
 # A completeness gap, relative to the difference of the scores, that is called one.
@@ -77,10 +77,10 @@ class Subject:
     """A model with random weights, two images and their classes."""
 
     def __init__(self, name: str) -> None:
-        self.large = torchvision.models.get_model_weights(name).DEFAULT.meta["num_params"] > LARGE
+        parameters = torchvision.models.get_model_weights(name).DEFAULT.meta["num_params"]
         side = next((side for start, side in SIDES.items() if name.startswith(start)), SIDE)
         narrow = ("alexnet", "inception", "maxvit", "vit")  # they take no less
-        if self.large and not name.startswith(narrow):
+        if parameters > LARGE and not name.startswith(narrow):
             side //= 2
         options: dict[str, Any] = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
         if name.startswith("vit"):
@@ -90,15 +90,17 @@ class Subject:
         if name.startswith("vit"):  # torchvision starts its head at 0
             nn.init.normal_(model.heads.head.weight, std=0.1)
         self.name = name
-        self.model = calibrate(model, side, torch.float32, samples=2)
+        self.huge = parameters > HUGE
+        # Of fewer samples statistics are so far from those of other images that rounding errors grow from norm to norm.
+        self.model = calibrate(model, side, torch.float32, samples=8)
         self.images = images(2, 3, side, side, seed=1, dtype=torch.float32)
         self._gradients: dict[torch.dtype, Tensor] = {}
         with torch.no_grad():
             self.target = self.model(self.images).argmax(1)
 
     def precise_for(self, method: str) -> None:
-        """Double precision, or single where that would take long and nothing is known to its last digits."""
-        double = not self.large or method.endswith("deeplift")
+        """Double precision, or single where memory is short and nothing is known to its last digits."""
+        double = not self.huge or method.endswith("deeplift")
         self.model.to(torch.float64 if double else torch.float32)
         self.images = self.images.to(torch.float64 if double else torch.float32)
 
@@ -264,9 +266,10 @@ Every classification model of torchvision, unedited, against every method that l
     python benchmarks/coverage.py --table    prints this page
 
 {versions}. Random weights, batch-norms calibrated, images of {side} pixels or what a model takes, float64; beyond
-{large:.0f} million parameters images of half the side, and float32 for all but DeepLIFT. The explained class is each
-image's largest output. Peers are called as their documentation shows: zennit with its canonizer for the family, or
-the one that merges batch-norms, where the canonized model still computes the same; captum with its default baselines.
+{large:.0f} million parameters images of half the side; beyond {huge:.0f} million float32 for all but DeepLIFT. The
+explained class is each image's largest output. Peers are called as their documentation shows: zennit with its
+canonizer for the family, or the one that merges batch-norms, where the canonized model still computes the same;
+captum with its default baselines.
 
 | entry | what it says |
 |---|---|
@@ -307,6 +310,7 @@ def table(path: Path) -> str:
         versions=", ".join(f"{name} {version}" for name, version in versions.items()),
         side=SIDE,
         large=LARGE / 1e6,
+        huge=HUGE / 1e6,
         table="\n".join(lines),
         notes="\n".join(f"{number}. {reason}" for reason, number in reasons.items()),
         gaps=largest(records, "gap", "deeplift"),
