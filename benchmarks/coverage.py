@@ -130,7 +130,8 @@ def cell(subject: Subject, method: str) -> dict[str, Any]:
     audit = {"audit": True} if "audit" in finding.maps.options else {}
     alone = attrbox.explain(model, x[:1], method, target=target[:1], progress=False, **audit)
     values, tolerance = finding.maps.values, TOLERANCE[x.dtype]
-    mixing = float((values[:1] - alone.values).abs().max() / values.abs().max().clamp_min(1e-30))
+    scale = max(float(both.abs().max()) for both in (values, alone.values))
+    mixing = float((values[:1] - alone.values).abs().max()) / max(scale, 1e-30)
     if mixing > tolerance:
         return {"verdict": "fails", "reason": f"depends on batch mates ({mixing:.0e})"}
     lost = unaudited(alone) if audit else None
@@ -215,15 +216,19 @@ def peer_cell(subject: Subject, method: str, run: Peer) -> dict[str, Any]:
             return {"verdict": "raises", "reason": f"{type(error).__name__}: {' '.join(str(error).split())}"}
     if not values.isfinite().all():
         return {"verdict": "not finite"}
-    for gradient in (plain, plain * x):
-        # With a small epsilon LRP is input x gradient on ReLU networks, as it should be.
-        if not method.endswith("LRP") and (values - gradient).abs().max() <= 1e-5 * gradient.abs().max():
-            return {"verdict": "gradient"}
+    figures: dict[str, float] = {}
     if method.endswith("DeepLift"):
         with torch.no_grad():
             scores, baseline = (model(images).gather(1, target[:, None])[:, 0] for images in (x, torch.zeros_like(x)))
-        gap = float(((values.flatten(1).sum(1) - (scores - baseline)) / (scores - baseline)).abs().max())
-        return {"verdict": "incomplete" if gap > INCOMPLETE else "exact", "gap": gap}
+        figures["gap"] = float(((values.flatten(1).sum(1) - (scores - baseline)) / (scores - baseline)).abs().max())
+        if figures["gap"] <= INCOMPLETE:
+            return {"verdict": "exact", **figures}
+    for gradient in (plain, plain * x):
+        # With a small epsilon LRP is input x gradient on ReLU networks, as it should be.
+        if not method.endswith("LRP") and (values - gradient).abs().max() <= 1e-5 * gradient.abs().max():
+            return {"verdict": "gradient", **figures}
+    if figures:
+        return {"verdict": "incomplete", **figures}
     return {"verdict": "runs"}
 
 

@@ -100,7 +100,9 @@ def test_what_peers_do():
         raise ValueError("no  such\nthing 7")
 
     assert coverage.peer_cell(one, "a GuidedBackprop", lambda s, x: one.gradient()) == {"verdict": "gradient"}
-    assert coverage.peer_cell(one, "a DeepLift", lambda s, x: X * one.gradient()) == {"verdict": "gradient"}
+    assert coverage.peer_cell(one, "a DeepLift", lambda s, x: X * one.gradient())["verdict"] == "gradient"
+    lift = attrbox.explain(one.model, X, "deeplift", target=1, progress=False).values
+    assert coverage.peer_cell(one, "a DeepLift", lambda s, x: lift)["verdict"] == "exact"
     assert coverage.peer_cell(one, "a LRP", lambda s, x: X * one.gradient()) == {"verdict": "runs"}
     assert coverage.peer_cell(one, "a Plus", lambda s, x: X / 0) == {"verdict": "not finite"}
     nothing = coverage.peer_cell(one, "a DeepLift", lambda s, x: torch.zeros_like(x))
