@@ -13,6 +13,7 @@ from attrbox.doctor import Diagnosis, doctor
 from attrbox.engine.site import Rule, Site
 from attrbox.evaluate import evaluate
 from attrbox.export import export, recompute
+from attrbox.fitting import fit_patterns
 from attrbox.maps import MapsFile, open_maps
 from attrbox.methods import (  # registers the methods
     cam,
@@ -25,6 +26,7 @@ from attrbox.methods import (  # registers the methods
     noise,
     occlusion,
     path,
+    patterns,
     propagation,
     random,
     relevance,
@@ -33,6 +35,7 @@ from attrbox.methods import (  # registers the methods
     smask,
 )
 from attrbox.methods.base import Method, methods, option, register_method
+from attrbox.methods.patterns import Patterns
 from attrbox.methods.propagation import register_rule, rules
 from attrbox.methods.run import Run
 from attrbox.metrics import (  # registers the metrics
@@ -68,6 +71,7 @@ del (
     noise,
     occlusion,
     path,
+    patterns,
     propagation,
     random,
     relevance,
@@ -88,6 +92,7 @@ __all__ = [
     "Measurement",
     "Method",
     "Metric",
+    "Patterns",
     "Roar",
     "Rule",
     "Run",
@@ -102,6 +107,7 @@ __all__ = [
     "evaluate",
     "explain",
     "export",
+    "fit_patterns",
     "list_methods",
     "list_metrics",
     "merge",

@@ -1,9 +1,8 @@
-"""The command: `attrbox demo | methods | explain | compare | export | inspect | evaluate | report | doctor | configs`.
+"""The command: `attrbox demo | methods | explain | compare | export | inspect | evaluate | report | doctor | ...`.
 
 What users get wrong is told in one line, with exit status 2. What takes long to import is imported where it is needed.
 """
 
-import json
 import re
 import sys
 from pathlib import Path
@@ -29,7 +28,10 @@ from attrbox.commands.options import (
     Seed,
     Target,
     Weights,
+    say,
+    say_json,
 )
+from attrbox.commands.pieces import merge, split
 from attrbox.commands.report import report
 from attrbox.errors import FileError
 from attrbox.memory import keep_pages
@@ -54,7 +56,9 @@ DEMO_METHODS = [
 
 app = typer.Typer(
     cls=Group,
-    help="Attribution maps for PyTorch image classifiers: one engine, every method, side by side.",
+    help="Attribution maps for PyTorch image classifiers: one engine, every method, side by side.\n\n"
+    "Exit status 0 if all went well, 1 if something is left undone or damaged, 2 for what cannot be done, with the "
+    "reason.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -122,7 +126,7 @@ def compare(
         overwrite=True,
     )
     _write(out / "table.md", result.table() + "\n")
-    typer.echo(f"{result.table()}\n\nWrote {out / 'comparison.png'}, {out / 'maps.h5'} and {out / 'table.md'}.")
+    say(f"{result.table()}\n\nWrote {out / 'comparison.png'}, {out / 'maps.h5'} and {out / 'table.md'}.")
 
 
 @app.command()
@@ -152,7 +156,7 @@ def explain(
         for name, title, photograph, heatmap in zip(batch.names, titles, photographs, maps.heatmap(), strict=True):
             path = out / name / f"{re.sub(r'[^-A-Za-z0-9_.,=() ]', '_', label)}.png"
             plot_map(photograph, heatmap, path, title=f"{label}: {' '.join(title.split())}")
-            typer.echo(path)
+            say(str(path))
 
 
 @app.command()
@@ -169,18 +173,16 @@ def methods(
     specs = list(registry.values()) if name is None else [registry[name]]
     if as_json:
         records = [_record(spec) for spec in specs]
-        typer.echo(json.dumps(records if name is None else records[0], indent=2, default=str))
+        say_json(records if name is None else records[0])
     elif name is None:
         _print_table(["Method", "Aliases", "Summary", "Reference"], [_cells(spec) for spec in specs])
     else:
         spec = specs[0]
-        typer.echo(
-            f"{spec.name}: {spec.summary}\nReference: {spec.reference}\nAliases: {', '.join(spec.aliases) or '-'}\n"
-        )
+        say(f"{spec.name}: {spec.summary}\nReference: {spec.reference}\nAliases: {', '.join(spec.aliases) or '-'}\n")
         _print_table(["Option", "Default", "Meaning"], [[o.name, repr(o.default), o.help] for o in spec.options])
 
 
-for command in (export, inspect, evaluate, report, doctor, configs):
+for command in (export, inspect, evaluate, report, doctor, configs, merge, split):
     app.command()(command)
 
 

@@ -20,7 +20,8 @@ from attrbox.hdf5 import write_maps
 from attrbox.memory import backing_off, images_per_pass
 from attrbox.methods.base import Method, MethodSpec, choose
 from attrbox.methods.base import methods as registry
-from attrbox.methods.run import Run, Settings
+from attrbox.methods.chunk import Settings
+from attrbox.methods.run import Run
 from attrbox.plots import plot_comparison
 from attrbox.seeds import check_seeds
 from attrbox.shapes import Attribution, Coverage
@@ -352,7 +353,7 @@ def _collect(
             target=indices,
             score=scores,
             options=spec.settings(method),
-            coverage=chunks[0].coverage[label],
+            coverage=Coverage.joined([chunk.coverage[label] for chunk in chunks]),
             gap=gap,
             relative_gap=relative,
             details={

@@ -1,6 +1,7 @@
 """Images from files and folders, ready for a model."""
 
 import importlib.util
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -131,14 +132,15 @@ def _as_rgb(image: Image.Image) -> Image.Image:
 
 
 def distinct_names(files: list[Path]) -> list[str]:
-    """Short names that differ: "cat", or "left/cat" and "right/cat", or "cat.jpg" and "cat.png"."""
-    stems = [file.with_suffix("") for file in files]
+    """Short names that differ: "cat", or "left/cat" and "right/cat", or "cat.jpg" and "cat.png"; never ".."."""
+    stems = [Path(os.path.abspath(file)).with_suffix("") for file in files]
     names = {stem: stem.name for stem in stems}
     for depth in range(2, max(len(stem.parts) for stem in stems)):
         doubles = _doubles(names.values())
         names = {stem: "/".join(stem.parts[-depth:]) if name in doubles else name for stem, name in names.items()}
-    twins = _doubles(stems)  # differ in their suffixes only
-    return [names[stem] + (file.suffix if stem in twins else "") for stem, file in zip(stems, files, strict=True)]
+    whole = _doubles(stems)  # differ in their suffixes only
+    whole |= {stem for stem in stems if stem.name in (".", "..")}  # of "...png"
+    return [names[stem] + (file.suffix if stem in whole else "") for stem, file in zip(stems, files, strict=True)]
 
 
 def _doubles(items: Iterable[T]) -> set[T]:

@@ -30,11 +30,12 @@ _BRIEF: Mapping[str, Any] = {"iterations": 1, "samples": 2, "steps": 2}
 
 @dataclass(frozen=True)
 class Finding:
-    """One method on one model. `verdict` is "exact", "approximate" or "refused"."""
+    """One method on one model. `verdict` is "exact", "approximate" or "refused"; `maps` what it was judged by."""
 
     method: str
     verdict: str
     reason: str
+    maps: Attribution | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def doctor(model: nn.Module, images: Tensor, methods: Iterable[str] | None = Non
             findings.append(Finding(name, "refused", " ".join(str(error).split())))
             continue
         verdict, reason = _judged(maps, native)
-        findings.append(Finding(name, verdict, reason))
+        findings.append(Finding(name, verdict, reason, maps))
         known = _tally((*maps.coverage.rule, *maps.coverage.derivative))
         operations = {key: max(operations.get(key, 0), known.get(key, 0)) for key in {**operations, **known}}
         unknown |= _tally(maps.coverage.unknown)
@@ -130,7 +131,9 @@ def _judged(maps: Attribution, native: Tensor) -> tuple[str, str]:
     if "baseline" in maps.options and "steps" not in maps.options:
         sharp = gap < TOLERANCE.get(maps.values.dtype, 1e-2)
         return "exact" if sharp else "approximate", f"complete to {gap:.0e} of the map"
-    return "exact", f"biases, stabilisers and clamps absorb {float(maps.relative_gap.median()):.0%} of the score"
+    if bool(maps.relative_gap.isnan().all()):
+        return "exact", "an empty map, as no score is positive"
+    return "exact", f"biases, stabilisers and clamps absorb {float(maps.relative_gap.nanmedian()):.0%} of the score"
 
 
 def _tally(operations: Iterable[Any]) -> dict[str, int]:

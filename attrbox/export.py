@@ -18,11 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from attrbox.compare import MethodLike
 from attrbox.errors import FileError, InputError, TargetError
-from attrbox.growing import Flags, Growing, Output, known_targets
+from attrbox.growing import Flags, Growing, Layout, Output, known_targets
 from attrbox.guard import check_model
 from attrbox.hdf5 import Compression, DType, check_storage, plain
 from attrbox.job import Channels, ExportTarget, Job, device_of, of_rows
@@ -32,6 +31,7 @@ from attrbox.memory import MOST_PER_PASS
 from attrbox.methods.base import Method, MethodSpec, check_choice, check_count, choose
 from attrbox.methods.base import methods as registry
 from attrbox.models import LoadedModel
+from attrbox.progress import progress_bar
 from attrbox.samples import Batch, Picture, Samples, SamplesLike, samples_of
 from attrbox.seeds import check_seeds
 from attrbox.shards import Shard
@@ -46,13 +46,14 @@ class Summary:
     """What an export did.
 
     Attributes:
-        path: the file.
+        path: the file; of a shard, its own.
         samples: how many the data has.
         images: samples that this run explained.
         maps: maps that it made.
         done: label -> samples with a map, of this and earlier runs.
         failed: sample -> why it got no map of some method in this run.
         seconds: how long it took.
+        whole: the file that joins all shards, if this was one and the others are complete.
     """
 
     path: Path
@@ -62,6 +63,7 @@ class Summary:
     done: Mapping[str, int]
     failed: Mapping[str, str]
     seconds: float
+    whole: Path | None = None
 
     @property
     def complete(self) -> bool:
@@ -69,12 +71,16 @@ class Summary:
         return all(count == self.samples for count in self.done.values())
 
     def __str__(self) -> str:
-        rate = f", {self.images / self.seconds:.1f} images/s" if self.images else ""
-        lines = [f"{self.path}: {self.maps} new maps of {self.images} images in {self.seconds:.1f} s{rate}"]
+        lines = [f"{self.path}: {self.maps} new maps of {self.images} images in {self.seconds:.1f} s"]
+        if self.images > self.seconds:
+            lines[0] += f", {self.images / self.seconds:.1f} images/s"
+        elif self.images:
+            lines[0] += f", {self.seconds / self.images:.1f} s per image"
         lines += [f"  {label}: {count} of {self.samples} samples" for label, count in self.done.items()]
         lines += [f"  no map of {name!r}: {reason}" for name, reason in list(self.failed.items())[:10]]
         if len(self.failed) > 10:
             lines.append(f"  ... nor of {len(self.failed) - 10} more; the file tells why")
+        lines += [f"{self.whole}: joins all shards"] if self.whole else []
         return "\n".join(lines)
 
 
@@ -135,7 +141,7 @@ def export(
         overwrite: replace an existing file.
         shard: the share of this process (`attrbox.shards`): it goes to NAME-1-of-8.h5, ..., and the last to finish
             joins them at `path`. Default: by torch.distributed, if it is initialised, or as torchrun told.
-        progress: show a progress bar, if a terminal is there to show it.
+        progress: show a progress bar; where there is no terminal, a line a minute.
 
     Raises:
         FileError: the file is broken, foreign, of another model, data or settings (which are named), or is being
@@ -190,15 +196,15 @@ def export(
             photographs=photographs,
         )
         if growing:
-            _check_same(growing, layout.settings, samples)
+            _check_same(growing, layout, samples)
         with Output(journal, layout, growing, overwrite) as output:
             images = _run(job, output, workers or 0, retry, progress)
             flags = output.growing.done if output.growing else {}
             done = {label: int(flags[label].sum()) if label in flags else 0 for label in (*flags, *job.methods)}
-    if shard:
-        shard.join(whole, list(job.methods))
+    joined = shard is not None and shard.join(whole, list(job.methods))
     failed = {samples.ids[row]: reason for reasons in output.failed.values() for row, reason in reasons.items()}
-    return Summary(path, len(samples), images, output.maps, done, failed, time.perf_counter() - began)
+    seconds = time.perf_counter() - began
+    return Summary(path, len(samples), images, output.maps, done, failed, seconds, whole if joined else None)
 
 
 def recompute(
@@ -337,25 +343,29 @@ def _labelled(
             if not beside:
                 told = ", ".join(f"{name} {was!r} there and {now!r} here" for name, (was, now) in other.items())
                 raise FileError(
-                    f"The file has {label!r} with other options: {told}. Write it beside (beside=True), give the same "
-                    "options, or choose another path."
+                    f"The file has {label!r} with other options: {told}. Write it beside (beside=True, --beside), "
+                    "give the same options, or choose another path."
                 )
             label = f"{label}({', '.join(f'{name}={now}' for name, (_, now) in other.items())})"
         labelled[label] = (spec.name, {} if isinstance(entry, str) else entry[1])
     return labelled
 
 
-def _check_same(growing: Growing, settings: Mapping[str, Any], samples: Samples) -> None:
+def _check_same(growing: Growing, layout: Layout, samples: Samples) -> None:
     """Refuse to go on with another model, other data or other settings."""
+    there = growing.settings
     other = [
-        f"{name} {_short(growing.settings.get(name))} there and {_short(value)} here"
-        for name, value in settings.items()
-        if growing.settings.get(name) != value
+        f"{name} {_short(there.get(name))} there and {_short(value)} here"
+        for name, value in layout.settings.items()
+        if there.get(name) != value
     ]
+    names = [growing.model_name, layout.header["model_name"]]
+    if other and names[0] != names[1]:  # alone it is no difference
+        other = ["model {} there and {} here".format(*names), *other]
     if other:
         raise FileError(
             f"{str(growing.path)!r} was made with other settings: {'; '.join(other)}. Choose another path, or give the "
-            "same; overwrite=True replaces the file."
+            "same; overwrite=True (--overwrite) replaces the file."
         )
     known = np.flatnonzero(growing.digests != "")
     for row in known[np.unique(np.linspace(0, len(known) - 1, _PROBES).round().astype(int))] if len(known) else ():
@@ -395,9 +405,7 @@ def _run(job: Job, output: Output, workers: int, retry: bool, progress: bool) ->
     untried = any(there is None or label not in there.methods for label in pending)
     explained, count = 0, len(job.samples)
     writing: deque[Future[None]] = deque()
-    disable = None if progress else True  # None: shown on a terminal only
-    left = sum(map(len, batches))
-    bar = tqdm(total=count, initial=count - left, desc="export", unit="image", delay=1, disable=disable)
+    bar = progress_bar("export", count, count - sum(map(len, batches)), progress)
     with bar, ThreadPoolExecutor(1, "attrbox-write") as thread:
         for rows, batch in zip(batches, job.samples.batches(batches, workers), strict=True):
             if shape is None:

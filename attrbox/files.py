@@ -10,18 +10,19 @@ from attrbox.errors import AttrboxError, FileError
 
 
 @contextmanager
-def whole_file(path: str | Path, overwrite: bool = True) -> Iterator[Path]:
+def whole_file(path: str | Path, overwrite: bool = True, locked: bool = False) -> Iterator[Path]:
     """A new file beside `path`, which takes its place if all goes well and is removed otherwise.
 
     Args:
         path: the name of the file; missing folders are made.
         overwrite: replace a file of that name.
+        locked: nobody else can be writing it, so what a killed process left of one is taken over.
 
     Raises:
         FileError: the file exists and may not be replaced, is a folder, or cannot be written.
     """
     path = Path(path)
-    part = path.with_name(f".attrbox-{uuid.uuid4().hex}.part")
+    part = path.with_name(f".attrbox-{path.name if locked else uuid.uuid4().hex}.part")
     try:
         if path.exists() and not path.is_file():
             raise FileError(f"Expected the name of a file to write, but {str(path)!r} is a folder or a device.")

@@ -81,7 +81,7 @@ class Layout:
 
     def create(self, journal: Journal, first: Written, overwrite: bool) -> None:
         """Make the file, without samples, in the shape of these. Either the whole file appears, or nothing changes."""
-        with whole_file(journal.path, overwrite) as part:
+        with whole_file(journal.path, overwrite, locked=True) as part:
             with h5py.File(part, "w") as file:
                 write_header(file, **self.header)
                 file.attrs["export"] = json.dumps(self.settings, ensure_ascii=False)
@@ -120,6 +120,7 @@ class Growing:
 
     Attributes:
         settings: as in `Layout`.
+        model_name: what the model is called.
         methods: label -> name and options.
         image_shape: of each sample's image.
         done, failed: label -> whether a sample has a map, and whether it is known that it cannot have one.
@@ -150,7 +151,7 @@ class Growing:
             ):
                 raise FileError(
                     f"{str(self.path)!r} is no file of maps, or a broken one ({error}). Choose another path, or "
-                    "replace it: overwrite=True."
+                    "replace it: overwrite=True (--overwrite)."
                 ) from error
             raise
 
@@ -168,6 +169,7 @@ class Growing:
                 f"{str(self.path)!r} was written in one go, so it cannot be continued. Choose another path."
             )
         self.settings: dict[str, Any] = json.loads(attributes["export"])
+        self.model_name = str(attributes.get("model", ""))
         samples = self.file["samples"]
         names = {dataset.attrs["label"]: name for name, dataset in self.file["maps"].items()}
         self.methods = {label: _made(self.file["maps"][name]) for label, name in names.items()}

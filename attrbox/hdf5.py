@@ -41,10 +41,11 @@ import h5py
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
-from attrbox.errors import InputError, ModelError, OptionError
+from attrbox.errors import InputError, OptionError
 from attrbox.files import whole_file
+from attrbox.hashing import tensor_bytes
 from attrbox.shapes import Attribution
 
 SCHEMA = 1
@@ -292,25 +293,6 @@ def dataset_name(label: str) -> str:
     return storable("%2E" if label == "." else label.replace("%", "%25").replace("/", "%2F"))
 
 
-def weights_hash(model: nn.Module) -> str:
-    """SHA-256 of the state dict: names, dtypes, shapes and bytes of its tensors, in the order of their names.
-
-    Devices, memory formats and the order of registration make no difference. Entries that are not tensors are left out.
-
-    Raises:
-        ModelError: a tensor has no data (meta device, or not initialised yet).
-    """
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        if not isinstance(value, Tensor):
-            continue
-        if value.is_meta or nn.parameter.is_lazy(value):
-            raise ModelError(f"Expected weights with data, but {name!r} has none. Load or initialise the model first.")
-        digest.update(f"{name}\0{value.dtype}\0{tuple(value.shape)}\0".encode())
-        digest.update(tensor_bytes(value))
-    return digest.hexdigest()
-
-
 # ------------------------------------------------------------------------------------------------------ what is stored
 
 
@@ -425,17 +407,6 @@ def plain(value: Any) -> Any:
     if callable(value) and hasattr(value, "__qualname__"):
         return f"{value.__module__}.{value.__qualname__}"
     return repr(value)
-
-
-def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The numbers of a tensor, byte by byte, in the order of its indices."""
-    tensor = tensor.detach().cpu()
-    if tensor.is_quantized:
-        tensor = tensor.dequantize()
-    if tensor.layout != torch.strided:
-        tensor = tensor.to_dense()
-    tensor = tensor.resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)  # also of one element
-    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def storable(text: str) -> str:

@@ -1,7 +1,5 @@
 """A job: what is computed for the samples of a set, batch by batch, and what the results depend on."""
 
-import hashlib
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
@@ -21,7 +19,8 @@ from attrbox.errors import (
     UnsupportedModelError,
 )
 from attrbox.growing import Flags, Layout, Written
-from attrbox.hdf5 import Columns, Compression, DType, flaws, plain, sample_columns, weights_hash
+from attrbox.hashing import architecture_hash, weights_hash
+from attrbox.hdf5 import Columns, Compression, DType, flaws, plain, sample_columns
 from attrbox.methods.base import methods as registry
 from attrbox.samples import Batch, Label, Samples
 from attrbox.shapes import Attribution
@@ -269,11 +268,6 @@ def device_of(model: object) -> torch.device:
     """Where a model is; the CPU for what has no parameters."""
     tensors = [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else []
     return tensors[0].device if tensors else torch.device("cpu")
-
-
-def architecture_hash(model: nn.Module) -> str:
-    """SHA-256 of how the model prints itself: its modules and their settings, without addresses in memory."""
-    return hashlib.sha256(re.sub(r"0x[0-9a-f]+", "", repr(model)).encode()).hexdigest()
 
 
 def of_rows(target: TargetLike, count: int, rows: Sequence[int]) -> TargetLike:

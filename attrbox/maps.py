@@ -39,7 +39,7 @@ class MethodMaps(Dataset[Tensor]):
     @property
     def dataset(self) -> h5py.Dataset:
         """What the file has of them."""
-        return self._maps.file["maps"][self._maps.names[self.label]]
+        return self._maps.opened(f"maps/{self._maps.names[self.label]}")
 
     @cached_property
     def attributes(self) -> dict[str, Any]:
@@ -69,9 +69,8 @@ class MethodMaps(Dataset[Tensor]):
 
     @property
     def done(self) -> NDArray[np.bool_]:
-        """Which samples have a map, [N]."""
-        flags: NDArray[np.bool_] = self._maps.file["samples/done"][self._maps.names[self.label]][()]
-        return flags
+        """Which samples had a map when the file was opened, [N]."""
+        return self._maps.done(self.label).copy()
 
     @property
     def failed(self) -> dict[str, str]:
@@ -96,21 +95,24 @@ class MethodMaps(Dataset[Tensor]):
             InputError: a sample has no map, with the reason.
             FileError: the file is damaged.
         """
-        if isinstance(rows, slice):
+        alone = isinstance(rows, int | str | np.integer)
+        if alone:
+            places = [self._maps.place(rows)]  # type: ignore[arg-type]
+        elif isinstance(rows, slice):
             places = list(range(*rows.indices(len(self))))
-        elif isinstance(rows, int | str | np.integer):
-            places = [self._maps.place(rows)]
         else:
-            places = [self._maps.place(row) for row in (rows.tolist() if hasattr(rows, "tolist") else rows)]
+            places = [self._maps.place(row) for row in (rows.tolist() if hasattr(rows, "tolist") else rows)]  # type: ignore[union-attr]
         self._check_done(places)
         dataset = self.dataset
-        found = np.empty((len(places), *self.shape[1:]), self.dtype)
         try:
+            if alone:
+                return np.asarray(dataset[places[0]])
+            found = np.empty((len(places), *self.shape[1:]), self.dtype)
             for index, place in enumerate(places):  # a map is a chunk
                 dataset.read_direct(found, np.s_[place], np.s_[index])
+            return found
         except OSError as error:
             raise FileError(f"Cannot read {self.label!r} from {str(self._maps.path)!r}: {error}.") from error
-        return found[0] if isinstance(rows, int | str | np.integer) else found
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
         return self.numpy() if dtype is None else self.numpy().astype(dtype)
@@ -119,9 +121,8 @@ class MethodMaps(Dataset[Tensor]):
         return (self[row] for row in range(len(self)))
 
     def _check_done(self, places: Sequence[int]) -> None:
-        flags = self._maps.file["samples/done"][self._maps.names[self.label]]
-        done = flags[()][places] if len(places) > 1 else [flags[place] for place in places]
-        missing = [place for place, there in zip(places, done, strict=True) if not there]
+        done = self._maps.done(self.label)
+        missing = [place for place in places if not done[place]]
         if missing:
             name = self._maps.ids[missing[0]]
             reason = self.failed[name] or "it has not been computed yet"
@@ -149,6 +150,8 @@ class MapsFile(Mapping[str, MethodMaps]):
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._file, self._owner = self._open(), os.getpid()
+        self._opened: dict[str, h5py.Dataset] = {}
+        self._done: dict[str, NDArray[np.bool_]] = {}
 
     def _open(self) -> h5py.File:
         path = str(self.path)
@@ -175,7 +178,21 @@ class MapsFile(Mapping[str, MethodMaps]):
         """The HDF5 file; in a forked process one of its own."""
         if self._owner != os.getpid():
             self._file, self._owner = self._open(), os.getpid()
+            self._opened.clear()
         return self._file
+
+    def opened(self, name: str) -> h5py.Dataset:
+        """A dataset of the file, opened once."""
+        file = self.file  # in a forked process another
+        if name not in self._opened:
+            self._opened[name] = file[name]
+        return self._opened[name]
+
+    def done(self, label: str) -> NDArray[np.bool_]:
+        """Which samples have a map of a method, [N]; read once, and not to be changed."""
+        if label not in self._done:
+            self._done[label] = self.opened(f"samples/done/{self.names[label]}")[()]
+        return self._done[label]
 
     @cached_property
     def names(self) -> dict[str, str]:
@@ -202,7 +219,7 @@ class MapsFile(Mapping[str, MethodMaps]):
     def _places(self) -> dict[str, int]:
         return {name: place for place, name in enumerate(self.ids)}
 
-    @property
+    @cached_property
     def samples(self) -> int:
         """How many there are."""
         return int(self.file["samples/id"].shape[0])

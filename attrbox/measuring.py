@@ -11,10 +11,11 @@ from attrbox.config import Config
 from attrbox.errors import InputError
 from attrbox.evaluate import evaluate
 from attrbox.experiment import model_of, samples_for
-from attrbox.hdf5 import weights_hash
+from attrbox.hashing import weights_hash
 from attrbox.maps import MapsFile
 from attrbox.metrics.results import Evaluation
 from attrbox.metrics.scores import Score
+from attrbox.progress import progress_bar
 from attrbox.seeds import mixed
 from attrbox.shapes import Attribution, Coverage
 
@@ -53,24 +54,28 @@ def measure(
     digests, targets = maps.column("pixels_sha256"), maps.column("target")
     parts: list[Evaluation] = []
     groups = [rows[i : i + _AT_ONCE] for i in range(0, len(rows), _AT_ONCE)]
-    for group, batch in zip(groups, samples.batches(groups, config.run.workers), strict=True):
-        changed = [one.row for one in batch.flawed] + [
-            one.row for one in batch.samples if digests is not None and one.sha256 != digests[one.row]
-        ]
-        if (changed and not another) or batch.images is None or batch.flawed:
-            name = maps.ids[changed[0]]
-            raise InputError(f"The image of {name!r} is not what was explained, or cannot be read. Say where: --data.")
-        target = None if targets is None else torch.as_tensor(targets[group])
-        parts.append(
-            evaluate(
-                loaded.model,
-                batch.images.to(next(loaded.model.parameters()).device),
-                {label: _attribution(maps, label, group, target) for label in maps},
-                config.chosen_metrics,
-                seed=[mixed(config.run.seed, row) for row in group],
-                batch_size=config.run.batch_size,
+    with progress_bar("evaluate", len(rows)) as bar:
+        for group, batch in zip(groups, samples.batches(groups, config.run.workers), strict=True):
+            changed = [one.row for one in batch.flawed] + [
+                one.row for one in batch.samples if digests is not None and one.sha256 != digests[one.row]
+            ]
+            if (changed and not another) or batch.images is None or batch.flawed:
+                name = maps.ids[changed[0]]
+                raise InputError(
+                    f"The image of {name!r} is not what was explained, or cannot be read. Say where: --data."
+                )
+            target = None if targets is None else torch.as_tensor(targets[group])
+            parts.append(
+                evaluate(
+                    loaded.model,
+                    batch.images.to(next(loaded.model.parameters()).device),
+                    {label: _attribution(maps, label, group, target) for label in maps},
+                    config.chosen_metrics,
+                    seed=[mixed(config.run.seed, row) for row in group],
+                    batch_size=config.run.batch_size,
+                )
             )
-        )
+            bar.update(len(group))
     return _joined(parts), rows
 
 

@@ -233,7 +233,7 @@ def _scores(evaluation: Evaluation) -> str:
                 marked.add((line, column))
         rows.append(cells)
     charts = [_chart(metric, evaluation) for metric in metrics]
-    return f"<h2>Scores</h2>{_table(header, rows, marked)}{''.join(charts)}"
+    return f'<h2>Scores</h2>{_table(header, rows, marked)}<div class="charts">{"".join(charts)}</div>'
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[Any]], marked: set[tuple[int, int]] = frozenset()) -> str:  # type: ignore[assignment]
@@ -245,7 +245,8 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[Any]], marked: set[tup
             for j, cell in enumerate(row)
         ]
         lines.append(f"<tr>{''.join(cells)}</tr>")
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+    return f'<div class="scroll" tabindex="0">{table}</div>'
 
 
 def _chart(metric: str, evaluation: Evaluation) -> str:
@@ -263,6 +264,10 @@ def _chart(metric: str, evaluation: Evaluation) -> str:
     left, right, low, high = xs.min(), xs.max(), np.nanmin(ys), np.nanmax(ys)
     width, height = max(right - left, 1e-12), max(high - low, 1e-12)
     parts = []
+    for quarter in range(5):
+        place, value = 230 - 50 * quarter, low + quarter / 4 * height
+        parts.append(f'<path d="M50 {place}H450" class="grid"/>')
+        parts.append(f'<text x="45" y="{place + 4}" text-anchor="end">{value:.3g}</text>')
     for index, (label, (x, y)) in enumerate(lines.items()):
         points = " ".join(
             f"{50 + 400 * (a - left) / width:.1f},{230 - 200 * (b - low) / height:.1f}"
@@ -275,14 +280,13 @@ def _chart(metric: str, evaluation: Evaluation) -> str:
     axis = html.escape(next(iter(scores.values())).axis)
     ticks = [(50, 246, "start", left), (450, 246, "end", right)]
     parts += [f'<text x="{x}" y="{y}" text-anchor="{anchor}">{value:.3g}</text>' for x, y, anchor, value in ticks]
-    parts += [f'<text x="45" y="{y}" text-anchor="end">{v:.3g}</text>' for y, v in ((234, low), (34, high))]
     name = html.escape(metric)
     tall = max(265, 40 + 13 * len(lines))
     return (
-        f"<h3>{name}</h3>"
+        f'<div class="chart"><h3>{name}</h3>'
         f'<svg viewBox="0 0 640 {tall}" role="img" aria-label="mean curves of {name}" font-size="11">'
         f'<path d="M50 30V230H450" fill="none" stroke="#888"/>{"".join(parts)}'
-        f'<text x="250" y="260" text-anchor="middle">{axis}</text></svg>'
+        f'<text x="250" y="260" text-anchor="middle">{axis}</text></svg></div>'
     )
 
 

@@ -21,7 +21,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSam
 
 from attrbox.data import distinct_names, find_images, open_image
 from attrbox.errors import InputError
-from attrbox.hdf5 import storable, tensor_bytes
+from attrbox.hashing import tensor_bytes
+from attrbox.hdf5 import storable
 
 Label: TypeAlias = int | float | str
 SamplesLike: TypeAlias = "Samples | Dataset[Any] | DataLoader[Any] | Sequence[Any] | Tensor | str | Path"

@@ -4,8 +4,8 @@ n, N    images in a chunk, in a call      K      targets explained at once
 C       channels of an image              H, W   its height and width (any number of axes is allowed)
 """
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
@@ -41,6 +41,51 @@ class Operated:
         return f"{self.operation} in {self.module or 'the model'}{again}"
 
 
+_AMOUNTS = ("arriving", "leaving", "bias", "stabiliser", "clamp")
+
+
+@dataclass(frozen=True, eq=False)
+class Conservation:
+    """Relevance at each site, layer by layer: what came, what went on, and who kept the rest.
+
+    Attributes:
+        sites: in order of execution.
+        arriving: at the site's output, y * G_y summed, [n, K, sites].
+        leaving: at its inputs, x * G_x summed, [n, K, sites].
+        bias, stabiliser, clamp: what layers keep, by reason, [n, K, sites]; 0 elsewhere.
+        constants: what is kept between sites, where the model adds constants to activations or joins them, such as
+            embeddings of positions and class tokens, [n, K]: score - sum of the map - sum of what sites absorb.
+    """
+
+    sites: tuple[Operated, ...]
+    arriving: Tensor
+    leaving: Tensor
+    bias: Tensor
+    stabiliser: Tensor
+    clamp: Tensor
+    constants: Tensor
+
+    @property
+    def absorbed(self) -> Tensor:
+        """All that did not go on, [n, K, sites]."""
+        return self.arriving - self.leaving
+
+    @classmethod
+    def joined(cls, parts: "Sequence[Conservation]") -> "Conservation":
+        """Those of several chunks as one."""
+        names = (*_AMOUNTS, "constants")
+        return cls(parts[0].sites, *(torch.cat([getattr(part, name) for part in parts]) for name in names))
+
+    def table(self) -> str:
+        """Sites in order of execution, means over images and targets, as a Markdown table."""
+        lines = [f"| site | {' | '.join(_AMOUNTS)} |", "|---|" + "---:|" * len(_AMOUNTS)]
+        columns = (getattr(self, name).flatten(0, 1).mean(0).tolist() for name in _AMOUNTS)
+        for site, *numbers in zip(self.sites, *columns, strict=True):
+            lines.append(f"| {site} | " + " | ".join(f"{number:.4g}" for number in numbers) + " |")
+        lines.append(f"| added constants | {self.constants.mean().item():.4g} |" + " |" * (len(_AMOUNTS) - 1))
+        return "\n".join(lines)
+
+
 @dataclass(frozen=True)
 class Coverage:
     """How the non-linear operations of the model were treated.
@@ -50,12 +95,20 @@ class Coverage:
         derivative: known to the engine, but left to the true derivative by the method.
         unknown: non-linear, and not understood by the engine: the true derivative held.
         black_box: the method takes no gradients, so the operations do not matter to it.
+        conservation: how much relevance each of the operations kept, for the LRP composites with `audit=True`.
     """
 
     rule: tuple[Operated, ...] = ()
     derivative: tuple[Operated, ...] = ()
     unknown: tuple[Operated, ...] = ()
     black_box: bool = False
+    conservation: Conservation | None = None
+
+    @classmethod
+    def joined(cls, parts: "Sequence[Coverage]") -> "Coverage":
+        """That of several chunks of images."""
+        audits = [part.conservation for part in parts if part.conservation is not None]
+        return replace(parts[0], conservation=Conservation.joined(audits)) if audits else parts[0]
 
     @property
     def complete(self) -> bool:

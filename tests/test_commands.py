@@ -1,7 +1,9 @@
 """The commands export, inspect, evaluate, report and configs: what they write, print, and exit with."""
 
+import functools
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from PIL import Image
 from test_cli import TINY, run
 
 import attrbox
+from attrbox.progress import progress_bar
 
 
 @pytest.fixture
@@ -30,7 +33,7 @@ def exported(pictures: Path, tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("command", ["export", "inspect", "evaluate", "report", "configs"])
+@pytest.mark.parametrize("command", ["export", "inspect", "evaluate", "report", "doctor", "configs", "merge", "split"])
 def test_help_has_an_example(command: str) -> None:
     result = run(command, "--help")
     assert result.exit_code == 0
@@ -129,6 +132,66 @@ def test_scores_do_not_depend_on_how_many_are_read_at_once(exported: Path, monke
     assert [row["mean"] for row in found[0]] == pytest.approx([row["mean"] for row in found[1]], rel=1e-5)
 
 
+def test_split_and_merge(exported: Path, tmp_path: Path) -> None:
+    told = run("split", exported, "2")
+    assert told.exit_code == 0, told.output
+    parts = [tmp_path / f"maps-{part}-of-2.h5" for part in (1, 2)]
+    assert [line.split()[1] for line in told.output.splitlines()] == [f"{part}." for part in parts]
+    assert run("merge", *parts, "--out", tmp_path / "again.h5").exit_code == 0
+    assert run("merge", *reversed(parts), "--out", tmp_path / "virtual.h5", "--virtual").exit_code == 0
+    with attrbox.open_maps(exported) as whole, attrbox.open_maps(tmp_path / "again.h5") as again:
+        assert again.ids == whole.ids
+        assert (again["saliency"].numpy() == whole["saliency"].numpy()).all()
+    for command in (["split", exported, "2"], ["merge", *parts, "--out", exported]):
+        refused = run(*command)
+        assert refused.exit_code == 2
+        assert "exists already" in refused.stderr
+    assert run("split", exported, "9").exit_code == 2
+    twice = run("merge", parts[0], tmp_path / "virtual.h5", "--out", tmp_path / "twice.h5")
+    assert twice.exit_code == 2
+    assert "more than one" in twice.stderr
+    assert not (tmp_path / "twice.h5").exists()
+
+
+def test_doctor_for_programs() -> None:
+    record = json.loads(run("doctor", TINY, "--json").output)
+    assert record["model"] == "tiny"
+    assert record["operations"]["relu"] == 1
+    assert {"method": "saliency", "verdict": "exact", "reason": "as defined"} in record["findings"]
+    assert run("doctor", "torchvision:nope").exit_code == 2
+
+
+def test_another_model_is_named(pictures: Path, exported: Path) -> None:
+    model = ("--model", "torchvision:squeezenet1_1", "--weights", "none")
+    other = run("export", pictures, *model, "-m", "saliency", "--out", exported)
+    assert other.exit_code == 2
+    assert "model tiny there and squeezenet1_1 here" in other.stderr
+    assert "--overwrite" in other.stderr
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(
+    terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = iter(range(0, 100_000, 40))
+    monkeypatch.setattr("tqdm.std.time", lambda: next(clock))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
+    with progress_bar("export", 100, 20) as bar:
+        for _ in range(4):
+            bar.update(10)
+    told = capsys.readouterr().err
+    if terminal:
+        assert "export:" in told
+        assert "%|" in told
+    else:
+        lines = told.replace("\r", "").split("\n")
+        assert any("of 100 images [" in line and "left" in line for line in lines)
+        assert "%|" not in told
+    with progress_bar("export", 100, shown=False) as bar:
+        bar.update(100)
+    assert capsys.readouterr().err == ""
+
+
 def test_configs(tmp_path: Path) -> None:
     assert "seed = 0" in run("configs").output
     keys = json.loads(run("configs", "--json").output)
@@ -155,6 +218,8 @@ def test_configs(tmp_path: Path) -> None:
         (["export", "{pictures}", "--model", TINY, "--device", "abacus"], "abacus"),
         (["export", "{pictures}", "--model", TINY, "--out", "{text}"], "broken"),
         (["export", "{pictures}", "--model", TINY, "--config", "none.toml"], "Cannot read the config"),
+        (["export", "{pictures}", "--model", TINY, "--out", "{text}/maps.h5"], "Cannot write beside"),
+        (["export", "{pictures}", "--model", TINY, "--out", "/proc/maps.h5"], "Cannot write beside '/proc/maps.h5'"),
         (["inspect", "none.h5"], "there is no 'none.h5'"),
         (["inspect", "{text}"], "no HDF5 file"),
         (["evaluate", "none.h5"], "there is no 'none.h5'"),
@@ -169,7 +234,7 @@ def test_mistakes_are_told_without_a_traceback(
     (tmp_path / "text.txt").write_text("text")
     places = {"{empty}": "empty", "{pictures}": "pictures", "{text}": "text.txt"}
     before = sorted(os.listdir(tmp_path))
-    result = run(*(places.get(argument, argument) for argument in arguments))
+    result = run(*(functools.reduce(lambda text, place: text.replace(*place), places.items(), a) for a in arguments))
     assert result.exit_code == 2, result.output
     assert message in " ".join(result.stderr.split())
     assert "Traceback" not in result.stderr

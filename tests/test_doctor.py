@@ -203,6 +203,15 @@ def test_an_incomplete_rule_is_found_out(monkeypatch):
     assert diagnosis["deeplift"].verdict == "approximate"
 
 
+def test_the_map_of_a_score_that_is_not_positive_is_empty():
+    model, x = relu_net(), X[:1]
+    least = int(model(x).argmin())
+    assert model(x)[0, least] < 0
+    finding = attrbox.doctor(model, x, ["deep_taylor"], target=least)["deep_taylor"]
+    assert (finding.verdict, finding.reason) == ("exact", "an empty map, as no score is positive")
+    assert not finding.maps.values.any()
+
+
 def test_bad_input_and_models_that_do_not_run():
     with pytest.raises(InputError, match="floating-point"):
         attrbox.doctor(relu_net(), torch.zeros(1, 3, 8, 8, dtype=torch.uint8))

@@ -6,6 +6,7 @@ import os
 import random
 import resource
 import signal
+import subprocess
 import sys
 import time
 
@@ -371,11 +372,73 @@ def test_image_folders(tmp_path, path):
     assert not (tmp_path / "other.h5").exists()
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "locked").mkdir(mode=0o500)
-    with pytest.raises(FileError):
+    if os.access(tmp_path / "locked", os.W_OK):
+        pytest.skip("this user may write anywhere")
+    with pytest.raises(FileError, match=r"Cannot write beside .*Permission denied"):
         export(tmp_path / "locked" / "maps.h5")
+    assert os.listdir(tmp_path / "locked") == []
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A folder that is a file system of 1 MB: `disk("ro")` makes it read-only, `disk("rw")` the contrary."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("nothing can be mounted here")
+
+    def remount(mode):
+        subprocess.run(["mount", "-o", f"remount,{mode},size=1m", str(folder)], check=True)
+
+    yield folder, remount
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_disk_that_is_read_only(disk):
+    folder, remount = disk
+    export(folder / "maps.h5", methods=["saliency"])
+    before = content(folder / "maps.h5")
+    remount("ro")
+    for path in (folder / "maps.h5", folder / "other.h5", folder / "below" / "maps.h5"):
+        with pytest.raises(FileError, match=r"Cannot write beside .*Read-only file system"):
+            export(path)
+    assert os.listdir(folder) == ["maps.h5"]
+    assert content(folder / "maps.h5").keys() == before.keys()
+    with attrbox.open_maps(folder / "maps.h5") as maps:
+        assert maps["saliency"].done.all()
+    remount("rw")
+    assert export(folder / "maps.h5").maps == 30
+
+
+def test_a_disk_that_is_full(disk, tmp_path):
+    folder, _ = disk
+    path, ballast = folder / "maps.h5", folder / "ballast"
+    export(tmp_path / "whole.h5", Pairs(pictures(60)))
+    ballast.write_bytes(bytes(600_000))
+    with pytest.raises(FileError, match=r"any further .*No space left on device.*make space"):
+        export(path, Pairs(pictures(60)))
+    with h5py.File(path) as file:  # by any reader
+        done = file["samples/done/saliency"][:].sum()
+        assert 0 < done < 60
+    assert attrbox.verify(path) == []
+    assert sorted(os.listdir(folder)) == ["ballast", "maps.h5"]
+    with pytest.raises(FileError, match="No space left"):  # still no space
+        export(path, Pairs(pictures(60)))
+    ballast.unlink()
+    assert export(path, Pairs(pictures(60))).images == 60 - done
+    assert_same(path, tmp_path / "whole.h5")
+
+
+def test_a_disk_too_full_to_begin(disk):
+    folder, _ = disk
+    with pytest.raises(OSError, match="No space"):
+        (folder / "ballast").write_bytes(bytes(2_000_000))
+    with pytest.raises(FileError, match="No space left"):
+        export(folder / "maps.h5")
+    assert os.listdir(folder) == ["ballast"]
 
 
 def test_paths_that_cannot_be_files(tmp_path):
@@ -478,6 +541,20 @@ def test_a_full_disk_is_told(path, monkeypatch):
     monkeypatch.undo()
     assert content(path).keys() == before.keys()
     assert attrbox.verify(path) == []
+
+
+def die_at_the_first_batch(path):
+    os.replace = lambda *names: os._exit(9)
+    export(path)
+
+
+def test_what_was_killed_at_its_first_batch_is_cleared_away(path, processes):
+    process = processes.Process(target=die_at_the_first_batch, args=(path,))
+    process.start()
+    process.join()
+    assert sorted(os.listdir(path.parent)) == [".attrbox-maps.h5.part", "maps.h5.journal"]
+    export(path)
+    assert os.listdir(path.parent) == ["maps.h5"]
 
 
 def test_the_second_exporter_is_refused(path, processes):

@@ -14,11 +14,11 @@ from torch import nn
 
 from attrbox import hdf5
 from attrbox.errors import FileError, InputError, ModelError, OptionError
+from attrbox.hashing import weights_hash
 from attrbox.hdf5 import (
     create_datasets,
     dataset_name,
     sample_columns,
-    weights_hash,
     write_header,
     write_maps,
     write_samples,

@@ -11,8 +11,8 @@ ROOT = Path(__file__).parents[1] / "attrbox"
 # From the bottom to the top: a module imports from lines above its own only. A package stands for its modules.
 LAYERS = [
     ["attrbox.errors"],
-    ["attrbox.files", "attrbox.registry", "attrbox.shapes"],
-    ["attrbox.journal"],
+    ["attrbox.files", "attrbox.hashing", "attrbox.progress", "attrbox.registry", "attrbox.shapes"],
+    ["attrbox.journal", "attrbox.tensorfiles"],
     ["attrbox.guard", "attrbox.memory", "attrbox.targets", "attrbox.perturbations"],
     ["attrbox.seeds", "attrbox.superpixels"],
     ["attrbox.engine.site", "attrbox.engine.stem", "attrbox.engine.grids"],
@@ -30,6 +30,8 @@ LAYERS = [
     ["attrbox.rules"],
     ["attrbox.masks"],
     ["attrbox.methods.base"],
+    ["attrbox.methods.chunk", "attrbox.methods.quadrature"],
+    ["attrbox.methods.recorded"],
     ["attrbox.methods.run"],
     ["attrbox.methods.learned_chain", "attrbox.methods.learned_rules"],
     ["attrbox.methods.learning", "attrbox.methods.optimised", "attrbox.methods.perturbing"],
@@ -38,7 +40,7 @@ LAYERS = [
     ["attrbox.plots", "attrbox.hdf5"],
     ["attrbox.maps"],
     ["attrbox.collect", "attrbox.compare"],
-    ["attrbox.doctor"],
+    ["attrbox.doctor", "attrbox.fitting"],
     ["attrbox.metrics.statistics", "attrbox.metrics.study"],
     ["attrbox.metrics.base"],
     ["attrbox.metrics.scores", "attrbox.metrics.sources"],

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import SMALL, TRANSFORMERS, images, relu_net, residual_net, seeded
+from nets import SMALL, TRANSFORMERS, calibrate, images, relu_net, residual_net, seeded
 from torch import Tensor, nn
 
 import attrbox
@@ -38,9 +38,10 @@ class Normed(nn.Module):
     def __init__(self, layer: nn.Module, norm: nn.Module):
         super().__init__()
         self.layer, self.norm = layer, norm
-        for tensor, low, high in ((norm.running_mean, -1, 1), (norm.running_var, 0.5, 2), (norm.weight, -1, 2)):
-            nn.init.uniform_(tensor, low, high)
-        nn.init.uniform_(norm.bias, -1, 1)
+        ranges = ((norm.running_mean, -1, 1), (norm.running_var, 0.5, 2), (norm.weight, -1, 2), (norm.bias, -1, 1))
+        for tensor, low, high in ranges:
+            if tensor is not None:
+                nn.init.uniform_(tensor, low, high)
 
     def forward(self, x):
         return self.norm(self.layer(x))
@@ -57,6 +58,9 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "conv_transpose2d": (lambda: nn.ConvTranspose2d(2, 3, 2, 2), (2, 2, 2)),
     "conv2d, batch-norm": (lambda: Normed(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3)), (2, 4, 4)),
     "linear, batch-norm": (lambda: Normed(nn.Linear(6, 4, bias=False), nn.BatchNorm1d(4)), (6,)),
+    "batch-norm alone": (lambda: Normed(nn.Identity(), nn.BatchNorm2d(2)), (2, 3, 3)),
+    "batch-norm alone, vectors": (lambda: Normed(nn.Identity(), nn.BatchNorm1d(6)), (6,)),
+    "batch-norm alone, volumes": (lambda: Normed(nn.Identity(), nn.BatchNorm3d(2, affine=False)), (2, 1, 2, 3)),
 }
 
 
@@ -236,17 +240,17 @@ def test_relevance_is_conserved_up_to_what_the_audit_says(name, method):
     build, shape = NETS[name]
     model, x = build(), images(2, *shape)
     maps = attrbox.explain(model, x, method, target=attrbox.classes([1, 2]), audit=True)
-    audit = maps.details["conservation"]
+    audit = maps.coverage.conservation
     assert maps.values.isfinite().all()
     scale = maps.score.abs().max() + audit.arriving.abs().amax()
-    layers = torch.tensor([site.operation in ("convolution", "linear") for site in audit.sites])
+    layers = torch.tensor([site.operation in ("convolution", "linear", "batch_norm") for site in audit.sites])
     kept = audit.bias + audit.stabiliser + audit.clamp
     assert ((audit.absorbed - kept)[..., layers].abs() < 1e-9 * scale).all()
     assert (kept[..., ~layers] == 0).all()
     assert (method == "attn_lrp") or layers.any()
     plain = attrbox.explain(model, x, method, target=attrbox.classes([1, 2]))
     torch.testing.assert_close(plain.values, maps.values)
-    assert str(audit.table()).count("\n") == len(audit.sites) + 1
+    assert str(audit.table()).count("\n") == len(audit.sites) + 2
 
 
 @pytest.mark.parametrize("name", ["relu", "relu, pool", "residual", "overlapping pools", "sequences"])
@@ -263,6 +267,41 @@ def test_deep_taylor_is_positive_and_sums_to_the_positive_score(name):
         assert (total <= maps.score.relu() + 1e-6).all()
 
 
+def test_contrastive_excitation_by_hand():
+    """Zhang et al. 2016, section 3.3: of one neuron (1, 0) - (0, 1); of two layers, neuron by neuron."""
+    model = nn.Linear(2, 1, bias=False).double().eval()
+    model.weight.data[:] = torch.tensor([[2.0, -1.0]])
+    one = torch.ones(1, 2, dtype=torch.float64)
+    options = {"contrastive": True, "stabiliser": 1e-12}
+    maps = attrbox.explain(model, one, "excitation_backprop", target=0, **options)
+    assert maps.values[0].tolist() == pytest.approx([1.0, -1.0])
+    assert maps.gap is None
+
+    model = seeded(lambda: nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)))
+    x = images(4, 6).abs()
+    hidden = model[1](model[0](x)).detach()
+
+    def down(products: Tensor, shares: Tensor) -> Tensor:
+        """Each neuron's share [n, outputs] by its positive products [n, outputs, inputs]."""
+        positive = pos(products)
+        return (positive / (positive.sum(2, keepdim=True) + 1e-12) * shares[..., None]).sum(1)
+
+    products = x[:, None] * model[0].weight.detach()
+    for target in range(3):
+        row = model[2].weight[target].detach() * hidden
+        sides = [down(products, down(side[:, None], torch.ones(4, 1).double())) for side in (row, -row)]
+        maps = attrbox.explain(model, x, "excitation_backprop", target=target, **options)
+        torch.testing.assert_close(maps.values, sides[0] - sides[1], rtol=1e-6, atol=1e-8)
+        plain = attrbox.explain(model, x, "excitation_backprop", target=target, stabiliser=1e-12).values
+        torch.testing.assert_close(plain, sides[0], rtol=1e-6, atol=1e-8)
+    several = attrbox.explain(model, x, "EBP", target=attrbox.classes([2, 0]), batch_size=3, **options).values
+    torch.testing.assert_close(several[:, 0], maps.values)
+    with pytest.raises(OptionError, match="difference of two"):
+        attrbox.explain(model, x, "EBP", contrastive=True, audit=True)
+    with pytest.raises(OptionError, match="contrastive"):
+        attrbox.explain(model, x, "EBP", contrastive=1)
+
+
 def test_the_rule_of_a_layer_is_the_first_that_fits():
     model, x = residual_net(), images(2, 3, 8, 8)
     plus = attrbox.explain(model, x, "epsilon_plus", target=1).values
@@ -274,6 +313,91 @@ def test_the_rule_of_a_layer_is_the_first_that_fits():
     assert not torch.allclose(flat, plus)
     coverage = attrbox.explain(model, x, "lrp", target=1).coverage
     assert sum(operated.operation == "convolution" for operated in coverage.rule) == 5  # each with its batch-norm
+
+
+class NormFirst(nn.Module):
+    """Norms before convolutions, as in DenseNet and ResNets with pre-activation; one behind a transposed convolution,
+    one at the input, one behind a sum, and one behind a layer whose output goes elsewhere, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.stem = nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3, padding=1)
+        self.norm1, self.conv1 = nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, padding=1, bias=False)
+        self.norm2, self.conv2 = nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, padding=1)
+        self.up, self.norm3, self.head = nn.ConvTranspose2d(8, 4, 2, 2), nn.BatchNorm2d(4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(self.first(x))
+        y = x + self.conv1(F.relu(self.norm1(x)))
+        y = y + self.conv2(F.relu(self.norm2(y)))
+        y = self.norm3(self.up(torch.cat([x, y], 1)))
+        return self.head(F.relu(y, inplace=True).mean((2, 3)))
+
+
+@pytest.mark.parametrize("method", ["epsilon_plus", "epsilon_gamma_box", "attn_lrp"])
+def test_what_added_constants_keep(method):
+    """The relevance of the position embedding and the class token of a ViT, by the gradient that reaches them."""
+    model = TRANSFORMERS["vit"]()
+    nn.init.normal_(model.class_token, std=0.5)
+    nn.init.normal_(model.encoder.pos_embedding, std=0.5)
+    model.requires_grad_(False)
+    x = images(2, 3, 16, 16)
+    audit = attrbox.explain(model, x, method, target=1, audit=True).coverage.conservation
+    constants = [model.encoder.pos_embedding, model.class_token]
+    for constant in constants:
+        constant.requires_grad_(True)
+    rule = attrbox.methods[method].create({}).rule()
+    tape = record(model, x, [rule])
+    for row in range(2):
+        gradients = tape.replay(tape.output[row, 1], constants, rule)
+        wanted = sum(((c * g).sum() for c, g in zip(constants, gradients, strict=True)), torch.zeros(()).double())
+        torch.testing.assert_close(audit.constants[row, 0], wanted.detach(), rtol=1e-9, atol=1e-9)
+        assert wanted.abs() > 1e-3
+    kinds = {site.operation for site in audit.sites}
+    assert {"softmax", "linear", "convolution", "norm"} <= kinds
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_norm_first_nets_are_conserved_up_to_the_audited_share(method):
+    model, x = calibrate(seeded(NormFirst), 6), images(3, 3, 6, 6)
+    for norm in (model.first, model.norm1, model.norm2, model.norm3):
+        norm.bias.data = torch.linspace(-1, 1, len(norm.bias)).double()
+    options = {"gamma_convolution": 0.25} if method == "attn_lrp" else {}
+    maps = attrbox.explain(model, x, method, target=1, audit=True, batch_size=2, **options)
+    audit = maps.coverage.conservation
+    assert [site.module for site in audit.sites if site.operation == "batch_norm"] == ["first", "norm2", "norm3"]
+    factor = maps.score.detach()[:, None] if method == "excitation_backprop" else 1.0  # its maps are of a score of 1
+    if method != "deep_taylor" or (maps.score > 0).all():
+        total = maps.values.flatten(1).sum(1, keepdim=True) * factor
+        torch.testing.assert_close(total + audit.absorbed.sum(2), maps.score[:, None], rtol=1e-9, atol=1e-9)
+    kept = audit.bias + audit.stabiliser + audit.clamp
+    torch.testing.assert_close(kept, audit.absorbed, rtol=1e-9, atol=1e-9)
+    norms = torch.tensor([site.operation == "batch_norm" for site in audit.sites])
+    assert (audit.bias[..., norms].abs().sum() > 0.01) == (method not in ("deep_taylor", "excitation_backprop"))
+
+
+def test_a_norm_first_net_passes_relevance_as_its_folded_twin():
+    """Without an activation in between, a norm and the linear layer behind it are one layer."""
+
+    def build() -> nn.Module:
+        return nn.Sequential(nn.BatchNorm1d(7), nn.Linear(7, 5), nn.ReLU(), nn.Linear(5, 3))
+
+    model, x = seeded(build), images(4, 7)
+    for tensor in (model[0].running_mean, model[0].weight, model[0].bias):
+        tensor.data = torch.linspace(0.5, 1.5, 7).double()
+    twin = seeded(build)
+    twin.load_state_dict(model.state_dict())
+    scale = model[0].weight / (model[0].running_var + model[0].eps).sqrt()
+    shift = model[0].bias - model[0].running_mean * scale
+    with torch.no_grad():
+        twin[1].bias += twin[1].weight @ shift
+        twin[1].weight *= scale
+    places = (("any", Epsilon(1e-12)),)
+    one = attrbox.explain(model, x, "lrp", places=places, target=1, audit=True)
+    two = attrbox.explain(nn.Sequential(*twin[1:]), x, "lrp", places=places, target=1, audit=True)
+    torch.testing.assert_close(one.values, two.values)
+    first, other = one.coverage.conservation.bias, two.coverage.conservation.bias
+    torch.testing.assert_close(first[..., :2].sum(-1), other[..., 0])  # the norm's share and the layer's
 
 
 def test_a_convolution_used_past_its_batch_norm_passes_relevance_on_both_ways():
@@ -313,8 +437,8 @@ def test_an_activation_between_a_convolution_and_its_batch_norm_is_not_skipped(i
 
     model, x = seeded(Between), images(2, 3, 6, 6)
     values = attrbox.explain(model, x, "epsilon_plus", target=1, audit=True)
-    kinds = [site.operation for site in values.details["conservation"].sites]
-    assert kinds == ["convolution", "relu", "linear"]
+    kinds = [site.operation for site in values.coverage.conservation.sites]
+    assert kinds == ["convolution", "relu", "batch_norm", "linear"]
     leaf = x.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(model(leaf)[:, 1].sum(), leaf)
     tape = record(model.requires_grad_(False), x, [Composite()])

@@ -105,6 +105,21 @@ def test_maps_feed_training(path):
         again._maps.close()
 
 
+def test_reading_a_map_looks_nothing_up_again(path, monkeypatch):
+    looked_up = []
+    original = h5py.Group.__getitem__
+    monkeypatch.setattr(h5py.Group, "__getitem__", lambda *given: (looked_up.append(given[1]), original(*given))[1])
+    with attrbox.open_maps(path) as maps:
+        first = maps["saliency"][0]
+        looked_up.clear()
+        for _ in range(5):
+            assert torch.equal(maps["saliency"][0], first)
+            maps["saliency"][[1, 2]]
+        assert looked_up == []
+        maps["saliency"].done[:] = False  # a copy: the file is not concerned
+        assert maps["saliency"].done.sum() == 9
+
+
 def test_metrics_of_a_file(tmp_path):
     path = tmp_path / "maps.h5"
     export(path, methods=["saliency", "deeplift"])

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import attrbox
 from attrbox.engine.site import KINDS, Rule
 from attrbox.engine.tape import record
+from attrbox.errors import UnsupportedModelError
 from attrbox.guard import untouched
 from attrbox.rules.deeplift import DeepLift
 from attrbox.rules.guided import Deconvnet, GuidedBackprop
@@ -129,6 +130,27 @@ def _pool(dims: int, size: int, stride: int, padding: int = 0, dilation: int = 1
         pool, kernel_size=size, stride=stride, padding=padding, dilation=dilation, ceil_mode=ceil_mode
     )
     return Case("max_pool", operation, (2, *(length,) * dims), oracle)
+
+
+def _fractional_pool(lengths: tuple[int, ...], counts: tuple[int, ...], draws: tuple[float, ...]) -> Case:
+    """Windows of 2 that begin where Graham's sequences say, by numbers drawn once."""
+    pool = {2: F.fractional_max_pool2d, 3: F.fractional_max_pool3d}[len(lengths)]
+
+    def axis(length: int, count: int, draw: float) -> list[list[int]]:
+        step = (length - 2) / (count - 1)
+        starts = [int((i + draw) * step) - int(draw * step) for i in range(count - 1)] + [length - 2]
+        return [[start, start + 1] for start in starts]
+
+    axes = [axis(*numbers) for numbers in zip(lengths, counts, draws, strict=True)]
+    order = draws if len(draws) == 3 else draws[::-1]  # as torch's kernels read them
+
+    def operation(z: Tensor) -> Tensor:
+        return pool(z, 2, output_size=counts, _random_samples=z.new_tensor(order).expand(*z.shape[:2], -1))
+
+    def oracle(rule: str, z: Tensor, z0: Tensor, upstream: Tensor) -> Tensor:
+        return oracles.max_pool(rule, axes, z, z0, upstream)
+
+    return Case("max_pool", operation, (2, *lengths), oracle)
 
 
 def _adaptive_pool(lengths: tuple[int, ...], counts: tuple[int, ...]) -> Case:
@@ -347,6 +369,8 @@ CASES: dict[str, Case] = {
     "vector_norm": _line(
         "vector_norm", lambda z: torch.linalg.vector_norm(z, dim=1, keepdim=True), oracles.vector_norm
     ),
+    "fractional_max_pool2d": _fractional_pool((7, 6), (4, 3), (0.3, 0.8)),
+    "fractional_max_pool3d": _fractional_pool((5, 4, 6), (3, 2, 4), (0.3, 0.8, 0.5)),
     "max_pool, amax": _amax(),
     "norm, layer": _norm(
         lambda z: F.layer_norm(z, (4,), WEIGHT[:4].to(z), WEIGHT[4:8].to(z)), (2, 4), 4, weight=WEIGHT[:4]
@@ -1085,6 +1109,47 @@ def test_deeplift_of_pools_where_nothing_changed_is_finite():
             model, x = sandwich(case.operation, case.shape), images(3, 5, seed=61)
             got = replayed(model, x, images(3, 3, seed=62), DeepLift(), x)
             assert got.isfinite().all(), name
+
+
+class Fractional(nn.Module):
+    """Pools with windows drawn at each pass, or drawn once: one row for all images, or rows that differ."""
+
+    def __init__(self, draws: str) -> None:
+        super().__init__()
+        self.inside, self.head = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(4 * 25, 3)
+        rows = 1 if draws == "shared" else 3
+        samples = torch.rand(rows, 4, 2, generator=torch.Generator().manual_seed(0))
+        self.register_buffer("samples", None if draws == "anew" else samples)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = None if self.samples is None else self.samples.expand(max(len(x), len(self.samples)), -1, -1)[: len(x)]
+        pooled = F.fractional_max_pool2d(self.inside(x), 2, output_size=5, _random_samples=rows)
+        return self.head(pooled.relu().flatten(1))
+
+
+@pytest.mark.parametrize("draws", ["shared", "differ"])
+def test_fractional_max_pools_have_the_windows_of_the_images_in_the_reference(draws):
+    model, x = seeded(lambda: Fractional(draws)), images(3, 3, 8, 8)
+    for baseline in (0.0, images(3, 8, 8, seed=4), images(3, 3, 8, 8, seed=5)):
+        maps = attrbox.explain(model, x, "deeplift", target=1, baseline=baseline, batch_size=3)
+        assert maps.relative_gap.max() < 1e-9
+        start = torch.as_tensor(baseline, dtype=x.dtype).expand_as(x)
+        each = attrbox.explain(model, x, "deeplift", target=1, baseline=start.clone(), batch_size=3)
+        torch.testing.assert_close(maps.values, each.values)
+        torch.testing.assert_close(maps.values.flatten(1).sum(1), (model(x) - model(start))[:, 1].detach())
+    assert [site.operation for site in maps.coverage.rule] == ["max_pool", "relu"]
+    assert maps.coverage.complete
+    expected = attrbox.explain(model, x, "gradient_x_input", target=1, batch_size=3).values
+    lrp = attrbox.explain(model, x, "lrp_epsilon", epsilon=1e-12, target=1, batch_size=3).values
+    torch.testing.assert_close(lrp, expected)
+
+
+def test_fractional_max_pools_that_draw_their_windows_anew_are_refused():
+    model, x = seeded(lambda: Fractional("anew")), images(2, 3, 8, 8)
+    for method in ("deeplift", "lrp_epsilon", "guided_backprop"):
+        with pytest.raises(UnsupportedModelError, match="draws its windows anew"):
+            attrbox.explain(model, x, method)
+    assert attrbox.explain(model, x, "saliency").values.isfinite().all()
 
 
 @pytest.mark.parametrize("pool", [name for name, case in CASES.items() if case.kind == "max_pool"])

@@ -1,10 +1,15 @@
 """Several processes write what one would have written."""
 
 import multiprocessing
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from exports import Pairs, assert_same, content, export, pictures
+from PIL import Image
 from test_cli import TINY, run
 
 import attrbox
@@ -43,12 +48,52 @@ def test_two_processes_write_what_one_writes(tmp_path):
         assert maps["saliency"].dataset.is_virtual
 
 
+def launch(*arguments, cwd):
+    """The command under torchrun, as two processes of one thread each."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "attrbox"]
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(Path(attrbox.__file__).parents[1]), str(Path(__file__).parent)]),
+    }
+    return subprocess.run(
+        [*command, *map(str, arguments)], cwd=cwd, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def test_torchrun(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    for index, colour in enumerate(("red", "green", "blue", "white", "black")):
+        Image.new("RGB", (20, 16 + index), colour).save(tmp_path / "pictures" / f"{colour}.png")
+    command = [
+        "export",
+        "pictures",
+        "--model",
+        TINY,
+        "-m",
+        "saliency,smoothgrad:samples=3",
+        "--batch-size",
+        "2",
+        "--out",
+    ]
+    done = launch(*command, "maps.h5", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert sorted(os.listdir(tmp_path)) == ["maps-1-of-2.h5", "maps-2-of-2.h5", "maps.h5", "pictures"]
+    assert "maps-1-of-2.h5: 8 new maps of 4 images" in done.stdout
+    assert "maps-2-of-2.h5: 2 new maps of 1 images" in done.stdout
+    with pytest.MonkeyPatch.context() as here:
+        here.chdir(tmp_path)
+        assert run(*command, "whole.h5").exit_code == 0
+    assert_same(tmp_path / "maps.h5", tmp_path / "whole.h5")
+
+
 def test_a_share_that_is_missing_is_made_alone(tmp_path):
     path = tmp_path / "maps.h5"
     export(path, data(), METHODS, batch_size=3, shard=Shard(1, 3))
-    export(path, data(), METHODS, batch_size=3, shard=Shard(0, 3))
+    assert export(path, data(), METHODS, batch_size=3, shard=Shard(0, 3)).whole is None
     assert not path.exists()
-    assert export(path, data(), METHODS, batch_size=3, shard=Shard(2, 3)).images == 2
+    last = export(path, data(), METHODS, batch_size=3, shard=Shard(2, 3))
+    assert (last.images, last.path.name, last.whole) == (2, "maps-3-of-3.h5", path)
+    assert str(last).endswith("maps.h5: joins all shards")
     export(tmp_path / "whole.h5", data(), METHODS, batch_size=3)
     assert_same(path, tmp_path / "whole.h5")
     written = path.stat().st_mtime_ns
@@ -71,8 +116,6 @@ def test_targets_and_seeds_of_each_sample_are_shared_out(tmp_path):
 
 
 def test_what_torchrun_tells_and_the_option(tmp_path, monkeypatch):
-    from PIL import Image
-
     for colour in ("red", "green", "blue"):
         Image.new("RGB", (20, 16), colour).save(tmp_path / f"{colour}.png")
     command = [

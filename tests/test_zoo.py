@@ -163,9 +163,15 @@ def test_rules_keep_their_promises_on_every_family(name):
             nn.init.normal_(model.heads.head.weight, std=0.1)
     model = calibrate(model, side, samples=2)
     x = images(2, 3, side, side, seed=1)
-    result = attrbox.compare(model, x, ["deeplift", "lrp_epsilon", "guided_backprop"], target=3, progress=False)
+    revealing = ("deeplift", {"reveal_cancel": "all"})
+    entries = ["deeplift", revealing, "lrp_epsilon", "guided_backprop"]
+    result = attrbox.compare(model, x, entries, target=3, progress=False)
     for maps in result.values():
         assert maps.values.isfinite().all()
         assert maps.coverage.complete
-    assert result["deeplift"].relative_gap.max() < 1e-9
-    torch.testing.assert_close(result["deeplift"].score, model(x)[:, 3].detach())
+    rescaled, revealed = (maps for label, maps in result.items() if label.startswith("deeplift"))
+    assert rescaled.relative_gap.max() < 1e-9
+    assert revealed.relative_gap.max() < 1e-9
+    assert {site.operation for site in revealed.coverage.rule} & {"linear", "convolution"}
+    assert not torch.equal(revealed.values, rescaled.values)
+    torch.testing.assert_close(rescaled.score, model(x)[:, 3].detach())

@@ -11,7 +11,7 @@ from attrbox.commands.options import AsJson, say, say_json
 SetOption = Annotated[
     list[str], typer.Option("--set", metavar="KEY=VALUE", help="A change, as in run.seed=3; repeated.")
 ]
-Trust = Annotated[bool, typer.Option(help="Run the code of a model factory that the file names.")]
+Trust = Annotated[bool, typer.Option("--trust", help="Run the code of a model factory that the file names.")]
 
 
 def configs(

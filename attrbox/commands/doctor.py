@@ -4,6 +4,8 @@ from typing import Annotated
 
 import typer
 
+from attrbox.commands.options import AsJson, say, say_json
+
 
 def doctor(
     model: Annotated[str, typer.Argument(help="torchvision:NAME, package.module:factory, or a shorthand.")],
@@ -15,10 +17,13 @@ def doctor(
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, ...")] = "cpu",
     seed: Annotated[int, typer.Option(help="Of the image, and of random weights.")] = 0,
+    as_json: AsJson = False,
 ) -> None:
     """What is exact, approximate or refused for a model, and why; tried in float64 on an image of noise.
 
-    Example: `attrbox doctor torchvision:swin_t --weights none`
+    Exit status 2 if the model cannot be loaded or does not run.
+
+    Examples: `attrbox doctor torchvision:swin_t --weights none`, `attrbox doctor efficientnet_lite0 --json`
     """
     import torch
 
@@ -32,4 +37,10 @@ def doctor(
     side: int = size if size is not None else getattr(loaded.preprocess, "crop", 224)
     generator = torch.Generator().manual_seed(seed)
     image = torch.randn(1, 3, side, side, generator=generator, dtype=torch.float64).to(place, dtype)
-    typer.echo(diagnose(loaded.model.to(dtype), image).table())
+    diagnosis = diagnose(loaded.model.to(dtype), image)
+    if as_json:
+        findings = [{"method": f.method, "verdict": f.verdict, "reason": f.reason} for f in diagnosis.findings]
+        made_of = {"operations": diagnosis.operations, "unknown": diagnosis.unknown}
+        say_json({"model": loaded.name, "findings": findings, **made_of})
+    else:
+        say(diagnosis.table())

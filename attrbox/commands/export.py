@@ -49,7 +49,7 @@ def export(
     """The maps of any number of images into one HDF5 file; after a kill the same command goes on.
 
     Under torchrun each process writes its share, joined in the end. Exit status 0 if every image has every map, 1 if
-    some have none (the file tells why), 2 if nothing could be done.
+    some have none (the file tells why), 2 if it could not begin or go on, as on a full disk; what is done stays.
 
     Examples: `attrbox export photos/ -m saliency,grad_cam --out maps.h5`, `attrbox export --config
     configs/imagenet.toml --set run.device=cuda`
@@ -78,7 +78,7 @@ def export(
         raise typer.BadParameter("give images, a folder of them, or --config FILE")
     summary = _run(resolved, retry, beside, overwrite, shard)
     if as_json:
-        say_json({**dataclasses.asdict(summary), "path": str(summary.path), "complete": summary.complete})
+        say_json({**dataclasses.asdict(summary), "complete": summary.complete})
     else:
         say(str(summary))
     if not summary.complete:

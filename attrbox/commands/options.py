@@ -2,6 +2,7 @@
 
 import enum
 import json
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,8 +34,16 @@ def say(text: str) -> None:
 
 
 def say_json(value: Any) -> None:
-    """Print a value for programs."""
-    typer.echo(json.dumps(value, indent=2, default=str))
+    """Print a value for programs; JSON has no NaN and no infinity, so these become null."""
+    typer.echo(json.dumps(_finite(json.loads(json.dumps(value, default=str))), indent=2))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Precision(enum.StrEnum):

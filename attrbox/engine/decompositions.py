@@ -17,6 +17,7 @@ from torch import Tensor
 from attrbox.engine.elementwise import spellings
 from attrbox.engine.linearity import argument, flat, is_activation
 from attrbox.engine.operation import Function
+from attrbox.engine.site import LAYERS
 
 
 @dataclass(frozen=True)
@@ -255,7 +256,8 @@ def _table() -> dict[Function, Parts]:
 
     def enter(kinds: str, run: Function, *spelt: Function, accepts: Any = Parts.accepts) -> None:
         inside = frozenset(kinds.split())
-        whole = kinds if len(inside) == 1 else spelt[0].__name__
+        named = inside - LAYERS
+        whole = next(iter(named)) if len(named) == 1 else spelt[0].__name__
         for function in spelt:
             table[function] = Parts(whole, inside, run, accepts)
 
@@ -263,7 +265,7 @@ def _table() -> dict[Function, Parts]:
         for function in functions:
             enter(kinds, _opened(function), function)
 
-    open_up("softmax matmul", F.multi_head_attention_forward)
+    open_up("linear softmax matmul", F.multi_head_attention_forward)
     open_up("vector_norm quotient hardtanh", F.normalize)
     open_up("vector_norm", torch.norm, Tensor.norm)
     open_up("power quotient product", F.local_response_norm)
@@ -283,15 +285,15 @@ def _table() -> dict[Function, Parts]:
     enter("product", _cumulative_product, *spellings("cumprod"))
     enter("product", _product, *spellings("prod"))
     enter("vector_norm quotient hardtanh product", _cosine, F.cosine_similarity)
-    gated = "sigmoid tanh product"
+    gated = "linear sigmoid tanh product"
     enter(gated, _lstm_cell, torch.lstm_cell)
     enter(gated, _gru_cell, torch.gru_cell)
-    enter("tanh", _rnn_cell(torch.tanh), torch.rnn_tanh_cell)
-    enter("relu", _rnn_cell(torch.relu), torch.rnn_relu_cell)
+    enter("linear tanh", _rnn_cell(torch.tanh), torch.rnn_tanh_cell)
+    enter("linear relu", _rnn_cell(torch.relu), torch.rnn_relu_cell)
     enter(gated, _recurrent(_lstm_cell, 2), torch.lstm, accepts=_unpacked)
     enter(gated, _recurrent(_gru_cell, 1), torch.gru, accepts=_unpacked)
-    enter("tanh", _recurrent(_rnn_cell(torch.tanh), 1), torch.rnn_tanh, accepts=_unpacked)
-    enter("relu", _recurrent(_rnn_cell(torch.relu), 1), torch.rnn_relu, accepts=_unpacked)
+    enter("linear tanh", _recurrent(_rnn_cell(torch.tanh), 1), torch.rnn_tanh, accepts=_unpacked)
+    enter("linear relu", _recurrent(_rnn_cell(torch.relu), 1), torch.rnn_relu, accepts=_unpacked)
     return table
 
 

@@ -1,4 +1,4 @@
-"""Convolutions and linear layers as sites, for rules that treat their weights.
+"""Convolutions, linear layers and batch-norms as sites, for rules that treat their weights.
 
 They become sites only if a rule of the recording asks for their kinds. An evaluation-mode batch-norm behind one belongs
 to it:
@@ -6,9 +6,15 @@ to it:
     bn(conv(x; w, b)) = conv(x; w s, b s + t)
 
 so that such rules need no canonizer: where the batch-norm's input is the layer's output, the two are one site, from the
-layer's input to the batch-norm's output. The forward pass computes what the model asked for, bit for bit.
+layer's input to the batch-norm's output. A batch-norm behind anything else is a layer of its own, y = s x + t channel
+by channel. The forward pass computes what the model asked for, bit for bit.
+
+Rules that treat a layer and the activation behind it as one ask for pairs: where a layer's output goes into one
+activation and nowhere else, each site names the other (`Pairs`).
 """
 
+import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -29,6 +35,8 @@ _KINDS: dict[Function, str] = {
 
 def layer_of(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operation | None:
     """The layer behind an intercepted call: an activation, a constant weight, a constant bias or none."""
+    if function is F.batch_norm:
+        return _batch_norm(args, kwargs)
     kind = _KINDS.get(function)
     if kind is None:
         return None
@@ -46,10 +54,32 @@ def layer_of(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     return _layer(kind, x, lambda x: apply(x, weight, bias), apply, weight, bias, turned)
 
 
+def _batch_norm(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operation | None:
+    x, affine = argument(args, kwargs, 0, "input", None), batch_norm_scale(args, kwargs)
+    if affine is None or not is_activation(x) or any(map(is_activation, affine)):
+        return None
+    rest = {name: value for name, value in kwargs.items() if name != "input"}
+    channels = (1, -1, *(1,) * (x.dim() - 2))
+
+    def apply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        scaled = x * weight.view(channels)
+        return scaled if bias is None else scaled + bias.view(channels)
+
+    return _layer("batch_norm", x, lambda x: F.batch_norm(x, *args[1:], **rest), apply, *affine, False)
+
+
 def _layer(
-    kind: str, x: Tensor, run: Function, apply: Function, weight: Tensor, bias: Tensor | None, turned: bool
+    kind: str,
+    x: Tensor,
+    run: Function,
+    apply: Function,
+    weight: Tensor,
+    bias: Tensor | None,
+    turned: bool,
+    joined: bool = False,
 ) -> Operation:
-    options = {"apply": apply, "weight": weight, "bias": bias, "nonnegative": _is_nonnegative(x), "turned": turned}
+    options = {"apply": apply, "weight": weight, "bias": bias, "nonnegative": _is_nonnegative(x)}
+    options |= {"turned": turned, "joined": joined}
     return Operation(kind, (x,), run, lambda x: apply(x, weight, bias), options=options)
 
 
@@ -72,7 +102,40 @@ def with_batch_norm(
         weight * scale.view(-1, *(1,) * (weight.dim() - 1)),
         shift if bias is None else bias * scale + shift,
         False,
+        joined=True,
     )
+
+
+class Pairs:
+    """Finds the layers whose output goes into one activation and nowhere else, call by call."""
+
+    def __init__(self) -> None:
+        self._unused: dict[int, tuple[weakref.ref[Tensor], int, Site]] = {}  # by the output's identity: version, layer
+        self._paired: dict[int, tuple[weakref.ref[Tensor], Site, Site]] = {}  # likewise: layer, activation
+
+    def made(self, output: Tensor, layer: Site) -> None:
+        """A layer has run."""
+        self._unused[id(output)] = weakref.ref(output), output._version, layer
+
+    def layer_of(self, x: Tensor) -> Site | None:
+        """The layer whose output, not used yet, an activation is about to take."""
+        found, version, layer = self._unused.get(id(x), (None, 0, None))
+        return layer if found is not None and found() is x and x._version == version else None
+
+    def pair(self, layer: Site, activation: Site, x: Tensor, result: Tensor) -> None:
+        """It has taken it."""
+        layer.options["activation"], activation.options["layer"] = activation, layer.kind
+        found, *_ = self._unused.pop(id(x))
+        if result is not x:  # in place, nobody else can take it any more
+            self._paired[id(x)] = found, layer, activation
+
+    def used(self, tensors: Iterable[Any]) -> None:
+        """Something else has taken these."""
+        for tensor in tensors:
+            self._unused.pop(id(tensor), None)
+            found, layer, activation = self._paired.get(id(tensor), (None, None, None))
+            if found is not None and found() is tensor and layer is not None and activation is not None:
+                del self._paired[id(tensor)], layer.options["activation"], activation.options["layer"]
 
 
 _NONNEGATIVE = frozenset(

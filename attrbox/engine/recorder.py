@@ -26,12 +26,12 @@ from torch.overrides import TorchFunctionMode
 from attrbox.engine.decompositions import Parts, parts_of
 from attrbox.engine.folding import Unfolded
 from attrbox.engine.grids import CONVOLUTIONS, Follower, Grid
-from attrbox.engine.layers import layer_of, with_batch_norm
+from attrbox.engine.layers import Pairs, layer_of, with_batch_norm
 from attrbox.engine.linear import LinearCalls
-from attrbox.engine.linearity import is_activation, is_decision, is_linear, name_of
+from attrbox.engine.linearity import flat, is_activation, is_decision, is_linear, name_of
 from attrbox.engine.operation import Operation
 from attrbox.engine.operations import interpret
-from attrbox.engine.site import LAYERS, Gradients, Rule, Site
+from attrbox.engine.site import ACTIVATIONS, LAYERS, Gradients, Rule, Site
 from attrbox.errors import (
     ForwardError,
     ModelError,
@@ -64,7 +64,7 @@ class Replaying:
 
     def gradients(self, site: Site, inputs: Any, output: Tensor | None, shapes: list[Any], grad: Tensor) -> Any:
         """The gradients that a site passes on, one per input, of the inputs' shapes."""
-        rule = self.rule if self.rule is not None and site.kind in self.rule.kinds else None
+        rule = self.rule if self.rule is not None and self.rule.treats(site) else None
         reference = self.reference.inputs[site.index] if self.reference else None
         site = site.with_tensors(inputs, output, reference, type(rule).__name__ if rule else "")
         found = site.true_gradient(grad) if rule is None else _propagated(rule, site, grad)
@@ -168,6 +168,7 @@ class Recorder(TorchFunctionMode):
         self._linear = LinearCalls() if twice else None
         self._treats_layers = not LAYERS.isdisjoint(needs)
         self._last_layer: tuple[Site, Operation, Tensor, int] | None = None  # with its output, and its version
+        self._pairs = Pairs()
         self._copies = copies
         self._reference = reference
         self._versions: list[tuple[int, Tensor, int]] = []  # what must not be written over: site, tensor, version
@@ -198,12 +199,14 @@ class Recorder(TorchFunctionMode):
             self._follow(function, result)
             return result
         layer = layer_of(function, args, kwargs) if operation is None and self._treats_layers else None
+        before: Site | None = None  # the layer whose output is the activation's input
         if operation is not None and operation.kind in self.needs:
+            before = self._pairs.layer_of(operation.inputs[0]) if operation.kind in ACTIVATIONS else None
             result = self._keep(operation) if self._reference else self._make_site(operation)
-        elif layer is not None and layer.kind in self.needs:
-            result = self._make_layer(layer)
         elif (joined := self._with_batch_norm(function, args, kwargs)) is not None:
             result = joined
+        elif layer is not None and layer.kind in self.needs:
+            result = self._make_layer(layer)
         else:
             result = self._linear.run(function, args, kwargs) if self._linear else None
             if result is None:
@@ -212,11 +215,15 @@ class Recorder(TorchFunctionMode):
                 self._note(operation or parts, function, args, kwargs, result)
         if is_activation(result) and name_of(function) in CONVOLUTIONS:
             self.convolutions.append(len(self.sites))
+        if before is not None and operation is not None:
+            self._pairs.pair(before, self.sites[-1], operation.inputs[0], result)
+        elif self._treats_layers and is_activation(_first(result)):
+            self._pairs.used(flat((*args, *kwargs.values())))
         self._follow(function, result)
         return result
 
     def _follow(self, function: Any, result: Any) -> None:
-        first = result[0] if isinstance(result, tuple) and result else result
+        first = _first(result)
         if self._follower is not None and not self._inside and is_activation(first):
             self._follower.see(name_of(function), first)
 
@@ -257,21 +264,27 @@ class Recorder(TorchFunctionMode):
         layer.options["first"] = not any(site.kind in LAYERS for site in self.sites)
         result = self._keep(layer) if self._reference else self._make_site(layer)
         self._last_layer = (self.sites[-1], layer, result, result._version)
+        if not self._reference:
+            self._pairs.made(result, self.sites[-1])
         return result
 
     def _with_batch_norm(self, function: Any, args: Any, kwargs: Any) -> Any:
         """The result of a batch-norm behind a layer, whose site it joins."""
-        if self._last_layer is None or self._reference:
+        if self._last_layer is None:
             return None
         site, layer, output, version = self._last_layer
         joined = with_batch_norm(layer, output, function, args, kwargs)
         if joined is None or output._version != version:  # written over in between
             return None
-        joined.options["first"] = layer.options["first"]
         self._last_layer = None
+        if self._reference:
+            return function(*args, **kwargs)
+        joined.options["first"] = layer.options["first"]
         site = replace(site, function=joined.pure, options=joined.options)
         self.sites[site.index] = site
-        return self._run_site(site, joined)
+        result = self._run_site(site, joined)
+        self._pairs.made(result, site)
+        return result
 
     def _keep(self, operation: Operation) -> Any:
         """Run an operation of a reference pass and keep its inputs, if a rule compares with them."""
@@ -295,12 +308,14 @@ class Recorder(TorchFunctionMode):
         if known is not None:
             self.passed.append(Operated(known.kind, *self._modules[-1]))
             return
-        first = result[0] if isinstance(result, tuple | list) and result else result
+        first = _first(result)
         if is_activation(first):
             if is_linear(function, args, kwargs):
                 return
             if self.needs and function in (F.batch_norm, torch.batch_norm):
                 raise _batch_statistics(self.running)
+            if self.needs and name_of(function).startswith("fractional_max_pool"):
+                raise _drawn_windows(self.running)
         elif not (isinstance(first, Tensor) and is_decision(function) and args and is_activation(args[0])):
             return
         self.unknown.append(Operated(name_of(function), *self._modules[-1]))
@@ -326,7 +341,12 @@ class Recorder(TorchFunctionMode):
             if layer not in near:
                 raise OptionError(f"The model has no layer {layer!r}. {near_miss(layer, near)}")
             raise OptionError(f"The layer {layer!r} did not run, or its output depends not on the images.")
-        self.unknown.extend(_custom_functions(unwrap(output)))
+        layers = [site for site in self.sites if site.kind in LAYERS]
+        if layers:
+            layers[-1].options["last"] = True
+        scores = unwrap(output)
+        self._pairs.used([scores])
+        self.unknown.extend(_custom_functions(scores))
 
     # ------------------------------------------------------------------------------------------- module names
 
@@ -415,6 +435,19 @@ def _batch_statistics(module: str) -> UnsupportedModelError:
         "depends on its batch mates, and no propagation rule is defined. Let it use running statistics "
         "(track_running_stats=True, training=False); saliency and other plain-gradient methods run on it as it is."
     )
+
+
+def _drawn_windows(module: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"The fractional max-pool in {module or 'the model'!r} draws its windows anew in each pass, so the score of an "
+        "image is random, and no propagation rule is defined. Give it windows that stay (_random_samples=...); "
+        "saliency and other plain-gradient methods run on it as it is."
+    )
+
+
+def _first(result: Any) -> Any:
+    """What a function returned, or the first of several things."""
+    return result[0] if isinstance(result, tuple | list) and result else result
 
 
 def _custom_functions(output: Tensor) -> list[Operated]:

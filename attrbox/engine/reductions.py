@@ -1,7 +1,7 @@
 """Readers of operations along axes: softmaxes, largest values, and norms."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -66,6 +66,16 @@ class _MaxPool:
             return self.indices(x, *positional, **plain, return_indices=True)
 
         return Operation("max_pool", (input,), run, lambda x: pool(x)[0], options={"pool": pool, "dims": self.dims})
+
+
+class _FractionalMaxPool(_MaxPool):
+    """Windows drawn beforehand, [N, C, dims] numbers, so that a reference needs as many rows as the images."""
+
+    def __call__(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operation | None:
+        found = super().__call__(function, args, kwargs)
+        if found is None or kwargs.get("_random_samples") is None:  # drawn anew in each pass: the recorder refuses it
+            return None
+        return replace(found, options={**found.options, "by_row": True})
 
 
 def _amax(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operation | None:
@@ -161,6 +171,14 @@ READERS: dict[Reader, tuple[Function, ...]] = {
     _MaxPool(3, F.adaptive_max_pool3d_with_indices, 1): (
         F.adaptive_max_pool3d,
         F.adaptive_max_pool3d_with_indices,
+    ),
+    _FractionalMaxPool(2, F.fractional_max_pool2d_with_indices, 3): (
+        F.fractional_max_pool2d,
+        F.fractional_max_pool2d_with_indices,
+    ),
+    _FractionalMaxPool(3, F.fractional_max_pool3d_with_indices, 3): (
+        F.fractional_max_pool3d,
+        F.fractional_max_pool3d_with_indices,
     ),
     _norm(_last_axes, 3, channels=False): (F.layer_norm, torch.layer_norm),
     _norm(_channel_groups, 3): (F.group_norm, torch.group_norm),

@@ -7,7 +7,7 @@ respect to the site's output becomes the one with respect to its input, in place
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, TypeAlias
 
@@ -32,7 +32,7 @@ REDUCTIONS = frozenset("softmax log_softmax logsumexp max_pool norm vector_norm"
 PAIRS = frozenset("product quotient matmul maximum".split())
 KINDS = ELEMENTWISE | REDUCTIONS | PAIRS
 # Linear: the true gradient is what most rules mean there. A rule that names these kinds treats their weights.
-LAYERS = frozenset({"convolution", "linear"})
+LAYERS = frozenset({"convolution", "linear", "batch_norm"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,11 +46,14 @@ class Site:
         call: how manieth call of that module in this forward pass, from 0.
         function: the operation without side effects, inputs -> output, other arguments bound.
         options: what else a rule may need: `dim` of a softmax, `pool` (input -> output, winners' positions) and `dims`
-            of a max-pool, `gates` of a product (for each factor, whether a sigmoid made it), `bounds` of functions
-            that cut their input off: (0, inf) for ReLU, (0, 6) for ReLU6; `size` (neighbouring elements that are
-            normed together), `weight`, `centred` and `eps` of a norm; whether a quotient's numerator is `constant`;
-            the `sign` of a maximum, -1 for a minimum; `weight`, `bias` and `apply` (input, weight, bias -> output) of a
-            layer, whether it is the `first` one of the model, and whether its input is known to be `nonnegative`.
+            of a max-pool, and whether its windows go `by_row` of the batch, `gates` of a product (for each factor,
+            whether a sigmoid made it), `bounds` of functions that cut their input off: (0, inf) for ReLU, (0, 6) for
+            ReLU6; `size` (neighbouring elements that are normed together), `weight`, `centred` and `eps` of a norm;
+            whether a quotient's numerator is `constant`; the `sign` of a maximum, -1 for a minimum; `weight`, `bias`
+            and `apply` (input, weight, bias -> output) of a layer, whether it is the `first` or (set on that one only)
+            the `last` one of the model, whether its input is known to be `nonnegative`, whether it is a transposed
+            convolution (`turned`) or has a batch-norm `joined` to it, and the site of the `activation` that alone takes
+            its output; at that activation, the kind of that `layer`.
         shapes: of the inputs.
 
     The tensors below have the batch first. They are kept only if some rule of the recording `needs` them; reading
@@ -209,6 +212,13 @@ class Rule(ABC):
         """What `propagate` reads at sites of this kind; override it where it is less than `needs`."""
         del kind
         return self.needs
+
+    def treats(self, site: Site) -> bool:
+        """Whether it is asked about a site; override it where that is not every site of its kinds."""
+        return site.kind in self.kinds
+
+    def check(self, sites: Sequence[Site]) -> None:  # noqa: B027 - most are defined on all models
+        """Raise `OptionError` if the rule is not defined on a model with these sites."""
 
     @abstractmethod
     def propagate(self, site: Site, grad_output: Tensor) -> Gradients:

@@ -66,7 +66,8 @@ class Tape:
                 "path, or a method without one."
             )
         if len(reference) == 1 and not all(map(_broadcasts, self.sites, recorder.kept)):
-            # The model lays the batch and another axis together, such as windows: one reference for each image.
+            # The model treats rows differently, or lays the batch and another axis together, such as windows: one
+            # reference for each image.
             recorder, output = self._forward_reference(reference.expand(len(self.images), *reference.shape[1:]))
         return Reference(tuple(recorder.kept), unwrap(output).detach())
 
@@ -102,9 +103,12 @@ class Tape:
         Raises:
             NoGradientError: the score does not depend on the inputs.
             RuleError: the rule broke its contract, or needs what was not kept for the rules of the recording.
+            OptionError: the rule is not defined on this model.
         """
         if rule is not None and rule.uses_reference and reference is None:
             raise RuleError(f"The rule {type(rule).__name__} compares with a reference; pass one to replay.")
+        if rule is not None:
+            rule.check(self.sites)
         if not score.requires_grad:
             raise _no_gradient()
         self._replaying.rule, self._replaying.reference = rule, reference
@@ -124,11 +128,11 @@ class Tape:
 
     def coverage(self, rule: Rule | None) -> Coverage:
         """Which operations get the rule, which the true derivative."""
-        treated = Operated.listed(self.sites)
-        kinds = rule.kinds if rule else frozenset()
+        treated = [rule is not None and rule.treats(site) for site in self.sites]
+        pairs = list(zip(self.sites, treated, strict=True))
         return Coverage(
-            tuple(operated for operated in treated if operated.operation in kinds),
-            tuple(operated for operated in treated if operated.operation not in kinds | LAYERS) + self.passed,
+            Operated.listed(site for site, by_rule in pairs if by_rule),
+            Operated.listed(site for site, by_rule in pairs if not by_rule and site.kind not in LAYERS) + self.passed,
             self.unknown,
         )
 
@@ -199,9 +203,13 @@ def check_visible(model: nn.Module) -> None:
 
 def _broadcasts(site: Site, reference: tuple[Tensor, ...] | None) -> bool:
     """Whether what a reference left at a site stands for all images: its axes are the same, or 1."""
-    return reference is None or all(
-        there.dim() == len(here) and all(size in (1, wanted) for size, wanted in zip(there.shape, here, strict=True))
-        for there, here in zip(reference, site.shapes, strict=True)
+    return "by_row" not in site.options and (
+        reference is None
+        or all(
+            there.dim() == len(here)
+            and all(size in (1, wanted) for size, wanted in zip(there.shape, here, strict=True))
+            for there, here in zip(reference, site.shapes, strict=True)
+        )
     )
 
 

@@ -1,21 +1,18 @@
 """Learned rules as a thing of their own: kept, saved, averaged, and replayed on other images."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from attrbox.engine.site import Site
-from attrbox.errors import FileError, InputError, OptionError
-from attrbox.files import whole_file
+from attrbox.errors import InputError, OptionError
+from attrbox.tensorfiles import read_tensors, write_tensors
 
-FORMAT = "attrbox learned rules 1"
+_KIND = "learned rules"
 
 
 def site_name(site: Site) -> str:
@@ -68,12 +65,7 @@ class LearnedRules:
         Raises:
             FileError: the file cannot be written.
         """
-        path = Path(path)
-        tensors = {name: values.detach().cpu().contiguous() for name, values in self.parameters.items()}
-        data = save(tensors, metadata={"format": FORMAT, "settings": json.dumps(dict(self.settings))})
-        with whole_file(path) as temporary:
-            temporary.write_bytes(data)
-        return path
+        return write_tensors(path, self.parameters, self.settings, _KIND)
 
     @classmethod
     def load(cls, path: str | Path) -> "LearnedRules":
@@ -82,18 +74,7 @@ class LearnedRules:
         Raises:
             FileError: there is no such file, or it holds no learned rules.
         """
-        try:
-            with safe_open(str(path), "pt") as file:
-                about = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-        except (OSError, SafetensorError) as error:
-            raise FileError(f"Cannot read learned rules from {path}: {error}.") from error
-        if about.get("format") != FORMAT or not tensors:
-            raise FileError(
-                f"Expected a file that LearnedRules.save wrote, got {path} of format "
-                f"{about.get('format', 'unknown')!r}."
-            )
-        return cls(tensors, json.loads(about["settings"]))
+        return cls(*read_tensors(path, _KIND))
 
     def __repr__(self) -> str:
         shape = next(iter(self.parameters.values())).shape

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from attrbox.methods.base import Method, check_baseline, check_choice, check_count, option, register_method
-from attrbox.methods.run import Run, quadratures
+from attrbox.methods.quadrature import quadratures
+from attrbox.methods.run import Run
 
 
 @register_method(

@@ -175,6 +175,7 @@ register_rule(
 register_rule(
     "deeplift",
     summary="Slopes between a baseline and the input (Rescale), complete on max-pools, softmax and products",
-    reference="Shrikumar et al., ICML 2017, equation 11",
+    reference="Shrikumar et al., ICML 2017, equation 11; RevealCancel: section 3.5.3",
     sums_to="difference",
+    help={"reveal_cancel": "RevealCancel behind these layers: none, linear (the original's presets) or all"},
 )(DeepLift)

@@ -2,17 +2,18 @@
 
     values = x * G,     which sum to the score, less what biases, stabilisers and clamps absorb
 
-`audit=True` says where: `details["conservation"]` has, for each site in order of execution, the relevance that came to
-its output and that went on to its inputs.
+`audit=True` says where: `coverage.conservation` (`attrbox.shapes.Conservation`) has, for each site in order of
+execution, the relevance that came to its output and that went on to its inputs.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from attrbox.engine.site import LAYERS, Gradients, Rule, Site
+from attrbox.engine.site import KINDS, LAYERS, Gradients, Rule, Site
+from attrbox.errors import OptionError
 from attrbox.methods.base import Method, check_choice, check_flag, check_number, option, register_method
 from attrbox.methods.run import Run
 from attrbox.rules.composites import Composite
@@ -28,7 +29,7 @@ from attrbox.rules.lrp_layers import (
     ZPlus,
     nonzero,
 )
-from attrbox.shapes import Operated
+from attrbox.shapes import Conservation, Coverage, Operated
 
 Places = tuple[tuple[str, LayerRule], ...]
 _AUDIT = "tell how much relevance each layer absorbs"
@@ -37,87 +38,56 @@ _LOW = "lowest pixel value as the model takes it: a number, one per channel, or 
 _HIGH = "highest pixel value; as low"
 
 
-@dataclass(frozen=True, eq=False)
-class Conservation:
-    """Relevance at each site.
+class _Audited(Rule):
+    """A composite that notes the relevance of one score of one image at each site, its own or not.
 
-    Attributes:
-        sites: in order of execution.
-        arriving: at the site's output, y * G_y summed, [n, K, sites].
-        leaving: at its inputs, x * G_x summed, [n, K, sites].
-        bias, stabiliser, clamp: what layers under a composite keep, by reason, [n, K, sites]; 0 elsewhere.
+    One score, as not all sites have the batch first: attention lays it behind the tokens, or together with the heads.
     """
 
-    sites: tuple[Operated, ...]
-    arriving: Tensor
-    leaving: Tensor
-    bias: Tensor
-    stabiliser: Tensor
-    clamp: Tensor
+    kinds = KINDS | LAYERS
 
-    @property
-    def absorbed(self) -> Tensor:
-        """All that did not go on, [n, K, sites]."""
-        return self.arriving - self.leaving
-
-    @classmethod
-    def joined(cls, parts: "Sequence[Conservation]") -> "Conservation":
-        """Those of several chunks as one."""
-        return cls(parts[0].sites, *(torch.cat([getattr(part, name) for part in parts]) for name in _AMOUNTS))
-
-    def table(self) -> str:
-        """Sites in order of execution, means over images and targets, as a Markdown table."""
-        lines = [f"| site | {' | '.join(_AMOUNTS)} |", "|---|" + "---:|" * len(_AMOUNTS)]
-        columns = (getattr(self, name).flatten(0, 1).mean(0).tolist() for name in _AMOUNTS)
-        for site, *numbers in zip(self.sites, *columns, strict=True):
-            lines.append(f"| {site} | " + " | ".join(f"{number:.4g}" for number in numbers) + " |")
-        return "\n".join(lines)
-
-
-_AMOUNTS = ("arriving", "leaving", "bias", "stabiliser", "clamp")
-
-
-class _Audited(Rule):
-    """A composite that notes the relevance at each of its sites, replay by replay."""
-
-    def __init__(self, rule: Rule, images: int) -> None:
+    def __init__(self, rule: Rule) -> None:
         self.rule = rule
-        self.images = images
-        self.kinds, self.needs = rule.kinds, rule.needs  # type: ignore[misc]
-        self.found: dict[int, tuple[Operated, list[list[Tensor]]]] = {}  # by site: for each replay, the amounts
+        self.found: dict[int, tuple[Operated, Tensor]] = {}  # by site: the amounts, [5]
 
     def needs_at(self, kind: str) -> frozenset[str]:
-        return self.rule.needs_at(kind) | {"input"}
+        own = self.rule.needs_at(kind) if kind in self.rule.kinds else frozenset[str]()
+        return own | {"input"}
 
     def propagate(self, site: Site, grad_output: Tensor) -> Gradients:
-        result = self.rule.propagate(site, grad_output)
+        treated = self.rule.treats(site)
+        result = self.rule.propagate(site, grad_output) if treated else site.true_gradient(grad_output)
         parts = result if isinstance(result, tuple) else (result,)
         with torch.no_grad():
-            went = [self._summed(self.rule.relevance(g, x)) for x, g in zip(site.inputs, parts, strict=True)]
-            amounts = [self._summed(site.output * grad_output), torch.stack(went).sum(0)]
-            if site.kind in LAYERS and isinstance(self.rule, Composite):
+            arriving = (site.output * grad_output).sum()
+            went = [self.rule.relevance(g, x).sum() for x, g in zip(site.inputs, parts, strict=True)]
+            leaving = torch.stack(went).sum()
+            bias = stabiliser = clamp = torch.zeros_like(arriving)
+            if treated and isinstance(self.rule, Composite) and site.kind in LAYERS:
                 losses = self.rule.losses(site, grad_output)
-                amounts += [self._summed(part) for part in (losses.bias, losses.stabiliser, losses.clamp)]
-            else:
-                amounts += [torch.zeros_like(amounts[0])] * 3
-            place = Operated(site.kind, site.module, site.call)
-            self.found.setdefault(site.index, (place, []))[1].append(amounts)
+                bias, stabiliser, clamp = (part.sum() for part in (losses.bias, losses.stabiliser, losses.clamp))
+            elif site.kind in LAYERS:  # the plain epsilon rule, without a stabiliser
+                bias = arriving - leaving
+            amounts = torch.stack([arriving, leaving, bias, stabiliser, clamp])
+            # A layer whose output is used past its batch-norm is visited twice.
+            _, before = self.found.get(site.index, (None, torch.zeros_like(amounts)))
+            self.found[site.index] = Operated(site.kind, site.module, site.call), before + amounts
         return result
 
-    def relevance(self, gradient: Tensor, images: Tensor) -> Tensor:
-        return self.rule.relevance(gradient, images)
 
-    def conservation(self) -> Conservation:
-        """What was noted; sites that no score depends on are left out."""
-        found = [self.found[index] for index in sorted(self.found)]
-        amounts = (
-            torch.stack([torch.stack([replay[place] for replay in replays], 1) for _, replays in found], 2)
-            for place in range(len(_AMOUNTS))
-        )
-        return Conservation(tuple(place for place, _ in found), *amounts)
-
-    def _summed(self, values: Tensor) -> Tensor:
-        return values.reshape(self.images, -1).sum(1)
+def _conservation(audits: Sequence[Sequence[_Audited]], scores: Tensor, values: Tensor) -> Conservation:
+    """What was noted for the scores [n, K], whose relevance at the images are the values [n, K, ...]; sites that no
+    score depends on are left out."""
+    places = {index: place for row in audits for one in row for index, (place, _) in one.found.items()}
+    nothing = scores.new_zeros(5)
+    by_score = [
+        torch.stack([torch.stack([one.found.get(index, (None, nothing))[1] for one in row]) for row in audits])
+        for index in sorted(places)
+    ]
+    arriving, leaving, bias, stabiliser, clamp = torch.stack(by_score, 2).to(scores.dtype).unbind(3)
+    constants = scores - values.flatten(2).sum(2) - (arriving - leaving).sum(2)
+    sites = tuple(places[index] for index in sorted(places))
+    return Conservation(sites, arriving, leaving, bias, stabiliser, clamp, constants)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,14 +105,29 @@ class _Relevance(Method):
 
     @property
     def rules(self) -> tuple[Rule | None, ...]:
-        return (_Audited(self.rule(), 0),) if self.audit else (self.rule(),)
+        return (_Audited(self.rule()),) if self.audit else (self.rule(),)
 
     def attribute(self, run: Run) -> Tensor:
-        rule = _Audited(self.rule(), len(run.images)) if self.audit else self.rule()
-        values = rule.relevance(run.gradient(rule), run.images.unsqueeze(1))
-        if isinstance(rule, _Audited):
-            run.tell(conservation=rule.conservation())
-        return values
+        rule = self.rule()
+        gradient = self._audited(run)[0] if self.audit else run.gradient(rule)
+        return rule.relevance(gradient, run.images.unsqueeze(1))
+
+    def coverage(self, run: Run) -> Coverage:
+        found = run.tape.coverage(self.rule())  # not that of the audit, which looks at every site
+        return replace(found, conservation=self._audited(run)[1]) if self.audit else found
+
+    def _audited(self, run: Run) -> tuple[Tensor, Conservation]:
+        rule = self.rule()
+
+        def compute() -> tuple[Tensor, Conservation]:
+            count, targets = run.scores.shape
+            audits = [[_Audited(rule) for _ in range(targets)] for _ in range(count)]
+            gradient = torch.stack(
+                [torch.stack([run.gradient_of_one(n, k, audits[n][k]) for k in range(targets)]) for n in range(count)]
+            )
+            return gradient, _conservation(audits, run.scores, rule.relevance(gradient, run.images.unsqueeze(1)))
+
+        return run.once(("audited", rule), compute)
 
     def expected(self, run: Run) -> Tensor | None:
         return run.scores
@@ -157,7 +142,9 @@ class _Relevance(Method):
 class LRP(_Relevance):
     """Pairs (where, rule): see `attrbox.rules.composites.Composite` and the rules of `attrbox.rules.lrp_layers`."""
 
-    places: Places = option((), "pairs (first, convolution, linear, any or module name; rule); else epsilon")
+    places: Places = option(
+        (), "pairs (first, last, convolution, linear, batch_norm, any or module name; rule); else epsilon"
+    )
 
     def rule(self) -> Composite:
         return Composite(self.places, self.stabiliser)
@@ -254,23 +241,42 @@ class DeepTaylor(_Relevance):
 @register_method(
     "excitation_backprop",
     summary="Excitation backpropagation: winning probability, by positive products without biases",
-    reference="Zhang et al., ECCV 2016, equation 5",
+    reference="Zhang et al., ECCV 2016, equation 5; contrastive: section 3.3",
     aliases=("EBP",),
     units="probability",
 )
 @dataclass(frozen=True, kw_only=True)
 class Excitation(_Relevance):
-    """The relevance of a score of 1, without its contrast to other classes."""
+    """The relevance of a score of 1; contrastive: less that of the same score with the last layer's weights negated."""
+
+    contrastive: bool = option(False, "subtract the map of what speaks against the class")
+
+    def __post_init__(self) -> None:
+        check_flag("contrastive", self.contrastive)
+        if self.contrastive and self.audit:
+            raise OptionError("Expected audit=False with contrastive=True: it is the difference of two propagations.")
+        super().__post_init__()
 
     def rule(self) -> Composite:
         return Composite((("any", ExcitationBackprop()),), self.stabiliser)
 
+    @property
+    def against(self) -> Composite:
+        """The composite of the map that is subtracted."""
+        return Composite((("last", ExcitationBackprop(negated=True)), *self.rule().places), self.stabiliser)
+
+    @property
+    def rules(self) -> tuple[Rule | None, ...]:
+        return (*super().rules, self.against) if self.contrastive else super().rules
+
     def attribute(self, run: Run) -> Tensor:
         values = super().attribute(run)
+        if self.contrastive:
+            values = values - self.against.relevance(run.gradient(self.against), run.images.unsqueeze(1))
         return values / nonzero(run.scores).view(*run.scores.shape, *(1,) * (values.dim() - 2))
 
     def expected(self, run: Run) -> Tensor | None:
-        return torch.ones_like(run.scores)
+        return None if self.contrastive else torch.ones_like(run.scores)
 
 
 @register_method(

@@ -8,6 +8,12 @@ const make = (name, text = "", parent = null) => {
   return element;
 };
 
+// A name in bold, which may be broken behind an underscore or a slash.
+const named = (text, parent) => {
+  const name = make("b", "", parent);
+  for (const part of text.split(/(?<=[_/])/)) name.append(part, make("wbr"));
+};
+
 // Colours of a value from -1 to 1: [red, green, blue].
 const between = stops => value => {
   let i = 1;
@@ -61,6 +67,17 @@ const draw = async (canvas, sample, label) => {
   canvas.getContext("2d").putImageData(result, 0, 0);
 };
 
+// What the colours mean, from -1 to 1, or from 0 where only the size counts.
+const ramp = () => {
+  const pen = at("ramp").getContext("2d");
+  const signed = at("scale").value === "signed";
+  for (let x = 0; x < 96; x++) {
+    const level = signed ? 1 + Math.round(x * 254 / 95) : 128 + Math.round(x * 127 / 95);
+    pen.fillStyle = `rgb(${tables[at("scale").value][level].map(Math.round).join()})`;
+    pen.fillRect(x, 0, 1, 1);
+  }
+};
+
 const shown = () => data.methods.filter((_, i) => at(`method-${i}`).checked);
 const round = value => value === null ? "-" : Number(value.toPrecision(3)).toString();
 
@@ -75,8 +92,10 @@ const article = sample => {
   row.tabIndex = 0;
   const facts = make("div", "", row);
   facts.className = "sample";
-  make("b", sample.id, facts);
+  named(sample.id, facts);
   for (const [name, value] of sample.facts) make("div", `${name}: ${value}`, facts);
+  if (sample.disagreement !== null) make("div", `disagreement: ${round(sample.disagreement)}`, facts);
+  if (sample.wrong) make("span", "misclassified", facts).className = "wrong";
   const maps = make("div", "", row);
   maps.className = "maps";
   if (sample.photograph) {
@@ -97,10 +116,13 @@ const article = sample => {
       canvas.redraw = () => draw(canvas, sample, label);
     } else make("div", sample.failed[label] || "no map", figure).className = "none";
     const caption = make("figcaption", "", figure);
-    make("b", label, caption);
+    named(label, caption);
     for (const metric of data.metrics)
-      if (sample.scores[metric]?.[label] !== undefined)
-        make("div", `${metric} ${round(sample.scores[metric][label])}`, caption);
+      if (sample.scores[metric]?.[label] !== undefined) {
+        const line = make("div", "", caption);
+        make("span", `${metric} `, line);
+        make("span", round(sample.scores[metric][label]), line);
+      }
   }
   return row;
 };
@@ -111,6 +133,7 @@ const key = sample => {
 };
 
 const redraw = () => {
+  ramp();
   document.querySelectorAll("#gallery canvas").forEach(canvas => canvas.redraw());
 };
 const refresh = () => {
@@ -168,5 +191,6 @@ document.addEventListener("keydown", event => {
     at("find").focus();
   }
 });
+ramp();
 refresh();
 document.documentElement.dataset.ready = "yes";

@@ -10,7 +10,8 @@
 
 Between layers relevance passes as in `attrbox.rules.lrp`: through activations unchanged (f(x) / x), by winners in
 max-pools, by halves in products of two activations, all to the numerator and through the norm. Residual sums, averages
-and whatever else is linear share it in proportion to what each part contributes. Batch-norms belong to their layers.
+and whatever else is linear share it in proportion to what each part contributes. Batch-norms belong to their layers;
+one that follows no layer, as in DenseNet, is a layer of one product and one bias for each output, of kind "batch_norm".
 """
 
 import fnmatch
@@ -26,15 +27,15 @@ from attrbox.rules.lrp import LRPEpsilon
 from attrbox.rules.lrp_layers import Epsilon, LayerRule, Losses, nonzero
 
 # What can be said of a layer besides the name of its module.
-FIRST, ANY = "first", "any"
+FIRST, LAST, ANY = "first", "last", "any"
 
 
 @dataclass(frozen=True)
 class Composite(Rule):
     """Rules by place: pairs (where, rule), of which the first that fits a layer holds.
 
-    where: "first" (the first layer that runs), "convolution", "linear", "any", or the name of a module, in which *
-    stands for any letters ("layer4.*"). Layers that no pair fits get `Epsilon()`.
+    where: "first" or "last" (of the layers that run), "convolution", "linear", "batch_norm", "any", or the name of a
+    module, in which * stands for any letters ("layer4.*"). Layers that no pair fits get `Epsilon()`.
     """
 
     places: tuple[tuple[str, LayerRule], ...] = ()
@@ -63,7 +64,7 @@ class Composite(Rule):
     def rule_at(self, site: Site) -> LayerRule:
         """The rule of a layer."""
         for where, rule in self.places:
-            fits = site.options["first"] if where == FIRST else where in (ANY, site.kind)
+            fits = site.options.get(where, False) if where in (FIRST, LAST) else where in (ANY, site.kind)
             if fits or fnmatch.fnmatchcase(site.module, where):
                 return rule
         return Epsilon()

@@ -1,4 +1,4 @@
-"""DeepLIFT, Rescale rule, completed for what does not act element by element: pools, softmax, products, norms.
+"""DeepLIFT, Rescale and RevealCancel, completed for what does not act element by element: pools, softmax, norms, ...
 
 Shrikumar et al., ICML 2017, equation 11: the multiplier of a non-linearity is the slope between the reference and
 the input,
@@ -23,33 +23,83 @@ way passes differences on exactly. So operations that do not act element by elem
 A quotient could also be taken as the product with 1/b; but at a reference where b is next to nothing, such as a norm of
 a black image, multipliers would then be huge and cancel. That form is left to denominators of two signs.
 
+RevealCancel (ibid., section 3.5.3) tells the contributions that raise a neuron from those that lower it, so that they
+do not cancel out of sight. A layer A(x; w) and the activation f behind it are one there, of z = A(x; w, b):
+
+    p, n = the sums of the positive and the negative w_i dx_i                                    (p + n = z - z0)
+    m+ = (f(z0 + p) - f(z0) + f(z) - f(z0 + n)) / 2p,    m- = (f(z0 + n) - f(z0) + f(z) - f(z0 + p)) / 2n
+    G_x_i = sum of w_i m+ G where w_i dx_i > 0, of w_i m- G where w_i dx_i < 0, of w_i (m+ + m-) G / 2 where dx_i = 0
+
+m+ and m- are means of two slopes each. They sum to all of f(z) - f(z0), so completeness stays exact.
+
 The max-pool is the split of DeepSHAP by winners, |y - y0| <= |x - x0| there, so the multiplier is in [0, 1]; windows
 may overlap.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from attrbox.engine.site import ELEMENTWISE, FUNCTIONS, KINDS, Gradients, Rule, Site
+from attrbox.engine.site import ELEMENTWISE, FUNCTIONS, KINDS, LAYERS, Gradients, Rule, Site
+from attrbox.errors import OptionError
 from attrbox.rules.norms import normed, weighted
+
+# The layers that get RevealCancel with the activation behind them, by option.
+_REVEALED = {
+    "none": frozenset[str](),
+    "linear": frozenset({"linear"}),
+    "all": frozenset({"linear", "convolution"}),
+}
 
 
 @dataclass(frozen=True)
 class DeepLift(Rule):
-    """The slope between reference and input at every known non-linearity."""
+    """The slope between reference and input at every known non-linearity (Rescale), or RevealCancel at some.
+
+    `reveal_cancel` says behind which layers: "none", "linear" (as published for genomics: Rescale behind
+    convolutions), or "all", that is, linear layers and convolutions. It is defined where such a layer's output goes
+    into one activation and nowhere else; all other non-linearities keep Rescale. The coverage lists the layers.
+
+    Raises:
+        OptionError: a model has no such place at all.
+    """
+
+    reveal_cancel: str = "none"
 
     kinds = KINDS
     needs = frozenset({"input", "reference"})
     by_rows = True
 
+    def __post_init__(self) -> None:
+        if self.reveal_cancel not in _REVEALED:
+            raise OptionError(
+                f"Expected reveal_cancel to be {', '.join(map(repr, _REVEALED))}, got {self.reveal_cancel!r}."
+            )
+        object.__setattr__(self, "kinds", type(self).kinds | _REVEALED[self.reveal_cancel])
+
     def needs_at(self, kind: str) -> frozenset[str]:
         return self.needs | {"derivative"} if kind in ELEMENTWISE else self.needs
 
+    def treats(self, site: Site) -> bool:
+        return site.kind in self.kinds and (site.kind not in LAYERS or "activation" in site.options)
+
+    def check(self, sites: Sequence[Site]) -> None:
+        revealed = _REVEALED[self.reveal_cancel]
+        if revealed and not any(site.kind in revealed and self.treats(site) for site in sites):
+            layers = " or ".join(sorted(revealed))
+            raise OptionError(
+                f"RevealCancel is defined where an activation alone takes the output of a {layers} layer, which "
+                f"nothing in this model does. Use reveal_cancel={'all' if layers == 'linear' else 'none'!r}."
+            )
+
     def propagate(self, site: Site, grad_output: Tensor) -> Gradients:
+        if site.kind in LAYERS:
+            return _reveal_cancel(site, grad_output)
+        if site.options.get("layer") in self.kinds:  # done at the layer
+            return grad_output
         exact = _EXACT.get(site.kind)
         return _slope(site).mul_(grad_output) if exact is None else exact(site, grad_output)
 
@@ -67,6 +117,31 @@ def _slope(site: Site) -> Tensor:
     near = 0.0 if bounds else torch.finfo(x.dtype).eps ** 0.5
     flat = change.abs() <= (near * torch.maximum(x.abs(), x0.abs()) if site.kind in FUNCTIONS else near)
     return torch.where(flat, site.derivative(), (site.output - site.reference_output) / change.masked_fill(flat, 1.0))
+
+
+def _reveal_cancel(site: Site, grad_output: Tensor) -> Tensor:
+    apply, activation = site.options["apply"], site.options["activation"]
+    x, x0 = site.input, site.reference_input
+    weight, bias = (None if t is None else t.to(x.dtype) for t in (site.options["weight"], site.options["bias"]))
+    assert weight is not None
+    twice = torch.is_grad_enabled()
+    with torch.enable_grad():
+        change = x - x0 if twice and x.requires_grad else (x - x0).detach().requires_grad_()
+        up, down = weight.clamp(min=0), weight.clamp(max=0)
+        raising, lowering = change.clamp(min=0), change.clamp(max=0)
+        p = apply(raising, up, None) + apply(lowering, down, None)
+        n = apply(raising, down, None) + apply(lowering, up, None)
+    z0 = apply(x0, weight, bias)
+
+    def slope(start: Tensor, end: Tensor) -> Tensor:
+        return _slope(activation.with_tensors((end,), None, (start,), site.rule))
+
+    rise = (slope(z0, z0 + p) + slope(z0 + n, z0 + n + p)) / 2
+    fall = (slope(z0, z0 + n) + slope(z0 + p, z0 + p + n)) / 2
+    to_raising, to_lowering = torch.autograd.grad(
+        [p, n], [raising, lowering], [rise * grad_output, fall * grad_output], create_graph=twice
+    )
+    return torch.where(change > 0, to_raising, torch.where(change < 0, to_lowering, (to_raising + to_lowering) / 2))
 
 
 def _share_between(low: float, high: float, x: Tensor, x0: Tensor) -> Tensor:

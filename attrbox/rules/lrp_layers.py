@@ -215,10 +215,16 @@ class ZPlus(AlphaBeta):
 
 @dataclass(frozen=True)
 class ExcitationBackprop(LayerRule):
-    """z+ without the bias (Zhang et al., ECCV 2016, equation 5): all relevance stays with the inputs."""
+    """z+ without the bias (Zhang et al., ECCV 2016, equation 5): all relevance stays with the inputs.
+
+    `negated`: of the weights with their signs turned, what speaks against an output (ibid., section 3.3).
+    """
+
+    negated: bool = False
 
     def flows(self, layer: Layer) -> tuple[Flow, ...]:
-        return (Flow(layer.signed(layer.weight.clamp(min=0), layer.weight.clamp(max=0), None)),)
+        weight = -layer.weight if self.negated else layer.weight
+        return (Flow(layer.signed(weight.clamp(min=0), weight.clamp(max=0), None)),)
 
 
 @dataclass(frozen=True)

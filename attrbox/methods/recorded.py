@@ -1,0 +1,193 @@
+"""One recorded forward pass of a chunk: the explained scores, and gradients propagated by rules."""
+
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from attrbox.engine.recorder import Reference, forward
+from attrbox.engine.site import Rule
+from attrbox.engine.tape import Tape, record
+from attrbox.methods.base import identity
+from attrbox.methods.chunk import Chunk, Settings
+from attrbox.targets import unwrap
+
+
+class Recorded(Chunk):
+    """A chunk with its tape.
+
+    `rules`, `layers` and `asked` (other quantities) are those that methods will ask for. Without `keep` it is
+    one rule or layer, once: so the recorded activations can be freed while it is replayed.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        settings: Settings,
+        rows: slice,
+        per_pass: int,
+        rules: Sequence[Rule | None] = (),
+        layers: Sequence[str | None] = (),
+        keep: bool = True,
+        asked: Collection[object] = (),
+    ) -> None:
+        super().__init__(model, images, settings, rows, per_pass)
+        self._rules = rules
+        self._layers = layers
+        self._taped = bool(rules or layers)
+        self._keep = keep
+        self._asked = asked
+
+    @property
+    def tape(self) -> Tape:
+        """The recorded forward pass of the images."""
+
+        def compute() -> Tape:
+            with self.autocast():
+                return record(self.model, self.images, self._rules, self._layers)
+
+        return self.once(("tape",), compute)
+
+    def release(self) -> None:
+        """Forget the recorded pass, once the methods that replay it are done."""
+        self._scored()  # outlives the tape, as the path and noise methods need the targets
+        self._cache = {
+            key: value for key, value in self._cache.items() if key[0] not in ("tape", "output", "reference")
+        }
+
+    @property
+    def scores(self) -> Tensor:
+        """The explained scores of the images, [n, K], without gradient."""
+        return self._scored()[0]
+
+    def scores_in(self, unit: str) -> Tensor:
+        """The same in another unit (`attrbox.targets.UNITS`), [n, K]; one more pass unless it is "logit"."""
+
+        def compute() -> Tensor:
+            return self.settings.target.score(self.bare(self.images), self.indices, unit).to(self.images.dtype)
+
+        return self.scores if unit == "logit" else self.once(("scored", unit), compute)
+
+    @property
+    def indices(self) -> Tensor | None:
+        """The explained class indices, [n, K]; None for a target function."""
+        return self._scored()[1]
+
+    @property
+    def predictions(self) -> Tensor | None:
+        """The class of the largest output, [n]; None if the outputs are not [n, classes]."""
+        return self._scored()[2]
+
+    def bare_forward(self) -> Tensor:
+        """The model's outputs with nothing recorded."""
+        with self.autocast():
+            return self._check(unwrap(forward(self.model, self.images.clone())), len(self.images))
+
+    def _scored(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        def compute() -> tuple[Tensor, Tensor | None, Tensor | None]:
+            if self._taped:
+                output = self._output()
+            else:  # nobody replays anything at the images themselves
+                with torch.no_grad():
+                    output = self.bare_forward()
+            indices = self.settings.target.resolve(output, self.rows)
+            scores = self.settings.target.score(output, indices).detach().to(self.images.dtype)
+            return scores, indices, output.detach().argmax(1) if output.dim() == 2 else None
+
+        return self.once(("scored",), compute)
+
+    def output(self, tape: Tape, count: int | None = None) -> Tensor:
+        """The scores of a recorded pass over `count` images, [count, ...]; all of the chunk by default.
+
+        Raises:
+            ModelError: the model returned something else.
+        """
+        return self._check(unwrap(tape.output), len(self.images) if count is None else count)
+
+    def _output(self) -> Tensor:
+        return self.once(("output",), lambda: self._check(unwrap(self.tape.output), len(self.images)))
+
+    def _replay(self, inputs: Tensor, rule: Rule | None = None, reference: Reference | None = None) -> Tensor:
+        """The gradient of each score with respect to `inputs`, [n, K, ...]."""
+        scores = self.settings.target.score(self._output(), self.indices)
+        count = scores.shape[1]
+        with self.autocast():
+            gradients = [
+                self.tape.replay(scores[:, k], [inputs], rule, reference=reference, keep=self._keep or k + 1 < count)[0]
+                for k in range(count)
+            ]
+        return torch.stack(gradients, 1).to(self.images.dtype)
+
+    def gradient(self, rule: Rule | None = None, baseline: float | Tensor = 0.0) -> Tensor:
+        """Gradient of each score with respect to the images, propagated by `rule`, [n, K, C, H, W].
+
+        Args:
+            rule: None for the true gradient.
+            baseline: what a rule that uses a reference compares with.
+        """
+        uses_reference = rule is not None and rule.uses_reference
+        key = ("gradient", rule, identity(baseline) if uses_reference else None)
+
+        def compute() -> Tensor:
+            reference = self.reference(baseline) if uses_reference else None
+            return self._replay(self.tape.images, rule, reference)
+
+        return self.once(key, compute)
+
+    def gradient_of_one(self, row: int, column: int, rule: Rule) -> Tensor:
+        """The gradient of one score of one image with respect to that image, propagated by `rule`, [C, H, W]."""
+        with self.autocast():
+            score = self.settings.target.score(self._output(), self.indices)[row, column]
+            return self.tape.replay(score, [self.tape.images], rule)[0][row].to(self.images.dtype)
+
+    def feature_map(self, layer: str | None) -> tuple[Tensor, Tensor]:
+        """A layer's output [n, C, ...], and the gradient of each score with respect to it, [n, K, C, ...]."""
+
+        def compute() -> tuple[Tensor, Tensor]:
+            features, grid = self.tape.feature_maps[layer], self.tape.grids[layer]
+            gradient = self._replay(features)
+            spatial = grid.spatial(gradient.flatten(0, 1))
+            return (
+                grid.spatial(features.detach()).to(self.images.dtype),
+                spatial.reshape(*gradient.shape[:2], *spatial.shape[1:]),
+            )
+
+        return self.once(("feature_map", layer), compute)
+
+    def reference(self, baseline: float | Tensor) -> Reference:
+        """The recorded forward pass of a baseline."""
+
+        def compute() -> Reference:
+            with self.autocast():
+                return self.tape.record_reference(self.baseline(baseline))
+
+        return self.once(("reference", identity(baseline)), compute)
+
+    def baseline_scores(self, baseline: float | Tensor) -> Tensor:
+        """The explained scores at the baseline, [n, K]."""
+
+        def compute() -> Tensor:
+            reference = self._cache.get(("reference", identity(baseline)))
+            if isinstance(reference, Reference):
+                raw = reference.output
+            else:
+                with self.autocast(), torch.no_grad():
+                    raw = forward(self.model, self.baseline(baseline).clone())
+            output = unwrap(raw)
+            output = output.expand(len(self.images), *output.shape[1:])
+            return self.settings.target.score(output, self.indices).detach().to(self.images.dtype)
+
+        return self.once(("baseline_scores", identity(baseline)), compute)
+
+    def recording(self, rule: Rule, key: object) -> Tape:
+        """A recorded pass of its own for a rule whose replays are differentiated; one for all with the same `key`."""
+
+        def compute() -> Tape:
+            images = self.images
+            if self.settings.channels_last and images.dim() == 4:
+                images = images.contiguous(memory_format=torch.channels_last)
+            with self.autocast():
+                return record(self.model, images, [rule], twice=True)
+
+        return self.once(("recording", key), compute)

@@ -1,0 +1,32 @@
+"""Progress of what takes hours: a bar on a terminal; elsewhere, as in the log of a batch system, a line a minute."""
+
+import sys
+from typing import Any
+
+from tqdm import tqdm
+
+_LINE = "{desc}: {n_fmt} of {total_fmt} images [{elapsed}, {remaining} left, {rate_fmt}]\n"
+
+
+def progress_bar(what: str, total: int, done: int = 0, shown: bool = True) -> Any:
+    """A context with `update(images)`; what takes less than a second, or a minute where there is no terminal, is not
+    told.
+
+    Args:
+        what: is done.
+        total: images in all.
+        done: images of these that need no time any more.
+        shown: False tells nothing.
+    """
+    terminal = sys.stderr.isatty()
+    return tqdm(
+        desc=what,
+        total=total,
+        initial=done,
+        unit="image",
+        disable=not shown,
+        delay=1 if terminal else 60,
+        mininterval=0.1 if terminal else 60,
+        bar_format=None if terminal else _LINE,
+        dynamic_ncols=True,
+    )
