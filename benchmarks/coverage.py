@@ -260,7 +260,7 @@ def inside() -> list[str]:
 PAGE = """# Coverage
 
 Every classification model of torchvision, unedited, against every method that looks inside of a model, and the peers.
-
+{missing}
     python benchmarks/coverage.py            runs what is not in benchmarks/coverage.jsonl yet; resumes
     python benchmarks/coverage.py --table    prints this page
 
@@ -315,7 +315,19 @@ def table(path: Path) -> str:
         notes="\n".join(f"{number}. {reason}" for reason, number in reasons.items()),
         gaps=largest(records, "gap", "deeplift"),
         lost=largest(records, "unplaced"),
+        missing=missing({record["model"] for record in records}),
     )
+
+
+def missing(done: set[str]) -> str:
+    """Which models have not been run."""
+    left = [name for name in models() if name not in done]
+    return f"\nNot run yet: {', '.join(left)}.\n" if left else ""
+
+
+def models() -> list[str]:
+    """All classifiers of torchvision."""
+    return list(torchvision.models.list_models(module=torchvision.models))
 
 
 def largest(records: list[dict[str, Any]], figure: str, method: str | None = None) -> list[float]:
@@ -372,7 +384,7 @@ def main() -> None:
     _, records = read(options.out)
     done = {(record["model"], record["method"]) for record in records}
     with options.out.open("a") as file:
-        for name in options.models or torchvision.models.list_models(module=torchvision.models):
+        for name in options.models or models():
             for record in cells(name, done):
                 file.write(json.dumps(record, separators=(",", ":")) + "\n")
                 file.flush()

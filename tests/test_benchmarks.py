@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torchvision
 from nets import TRANSFORMERS, images, relu_net
 from torch import nn
 
@@ -150,7 +149,7 @@ def test_the_docs_hold_the_table():
 
 
 def test_the_matrix_is_full():
-    known = set(torchvision.models.list_models(module=torchvision.models))
+    known = set(coverage.models())
     models, methods = ({record[key] for record in RECORDS} for key in ("model", "method"))
     assert len(RECORDS) == len(models) * len(methods)
     assert models <= known
