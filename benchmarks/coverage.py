@@ -43,7 +43,7 @@ SIDE = 64
 SIDES = {"inception_v3": 96, "maxvit": 224, "vit_h_14": 56, "efficientnet_v2": 192}
 # Calibrated, its norms make contributions of 1e29 at any size, which cancel: it is run as it is initialised.
 NOT_CALIBRATED = ("efficientnet_b7",)
-# Beyond so many parameters images are half as wide; and all but DeepLIFT runs in single precision, for the memory.
+# Beyond so many parameters images are half as wide; and of transformers all but DeepLIFT runs in single precision.
 LARGE, HUGE = 8e6, 400e6
 # Relative to the largest value: how far a map may depend on batch mates, how much relevance may be lost unseen.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2}
@@ -92,7 +92,8 @@ class Subject:
         if name.startswith("vit"):  # torchvision starts its head at 0
             nn.init.normal_(model.heads.head.weight, std=0.1)
         self.name = name
-        self.huge = parameters > HUGE
+        # Batch-norms with random weights need double precision.
+        self.huge = parameters > HUGE and family(name) in TRANSFORMERS
         # Of fewer samples statistics are so far from those of other images that rounding errors grow from norm to norm.
         self.model = model.eval() if name in NOT_CALIBRATED else calibrate(model, side, torch.float32, samples=8)
         self.images = images(2, 3, side, side, seed=1, dtype=torch.float32)
@@ -268,9 +269,9 @@ Every classification model of torchvision, unedited, against every method that l
 
 {versions}. Random weights, batch-norms calibrated (but not
 EfficientNet-B7's: see the script), images of {side} pixels or what a model takes, float64; beyond {large:.0f} million
-parameters images of half the side; beyond {huge:.0f} million float32 for all but DeepLIFT. The explained class is each
-image's largest output. Peers are called as their documentation shows: zennit with its canonizer for the family, or the
-one that merges batch-norms, where the canonized model still computes the same;
+parameters images of half the side; transformers beyond {huge:.0f} million float32 for all but DeepLIFT. The explained
+class is each image's largest output. Peers are called as their documentation shows: zennit with its canonizer for the
+family, or the one that merges batch-norms, where the canonized model still computes the same;
 captum with its default baselines.
 
 | entry | what it says |
