@@ -152,7 +152,8 @@ def test_the_matrix_is_full():
     known = set(coverage.models())
     models, methods = ({record[key] for record in RECORDS} for key in ("model", "method"))
     assert len(RECORDS) == len(models) * len(methods)
-    assert models <= known
+    assert known - models == {"regnet_y_128gf"}  # 5 GB of weights in double precision: not run yet
+    assert models < known
 
 
 def test_what_the_matrix_found_holds():
@@ -163,6 +164,8 @@ def test_what_the_matrix_found_holds():
         elif convolutional or record["verdict"] != "refused":
             assert record["verdict"] == "exact", record
         assert record["verdict"] == "exact" or record["reason"], record
+        if convolutional and "unplaced" in record:  # which adds no constants
+            assert record["unplaced"] < 1e-6, record
     gaps = [record["gap"] for record in OURS if record["method"] == "deeplift"]
     assert max(gaps) < 1e-6
 
