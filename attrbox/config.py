@@ -10,103 +10,119 @@
 `methods` and `metrics` stand above the first table. `attrbox configs` prints all keys with their defaults.
 """
 
-import dataclasses
-import json
 import re
 import tomllib
-import types
-import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from attrbox.errors import FileError, OptionError, near_miss
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic_core import ErrorDetails
+
+from attrbox.errors import AttrboxError, FileError, OptionError, near_miss
 from attrbox.methods.base import choose
 from attrbox.methods.base import methods as method_registry
 from attrbox.metrics.base import metrics as metric_registry
 from attrbox.models import SHORTHANDS
 
 Entry = str | dict[str, Any]
+T = TypeVar("T")
+NonEmpty = Annotated[list[T], Field(min_length=1)]
 
 
-def _key(default: Any, help: str) -> Any:
-    kind = "default_factory" if callable(default) else "default"
-    return field(**{kind: default}, metadata={"help": help})
+class _Table(BaseModel):
+    """A table of the file: unknown keys and values of another type are errors."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
-@dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(_Table):
     """[model]: what is explained."""
 
-    name: str = _key("efficientnet_lite0", "torchvision:NAME, package.module:factory (needs --trust), a shorthand")
-    weights: str | None = _key(None, "a file, a set of torchvision, DEFAULT, or none (random)")
+    name: str = Field(
+        default="efficientnet_lite0",
+        description="torchvision:NAME, package.module:factory (needs --trust), a shorthand",
+    )
+    weights: str | None = Field(default=None, description="a file, a set of torchvision, DEFAULT, or none (random)")
 
 
-@dataclass(frozen=True)
-class DataConfig:
+class DataConfig(_Table):
     """[data]: on what."""
 
-    path: str | list[str] = _key("demo:photographs", "a folder of images, files, or demo:photographs")
-    resize: int | None = _key(None, "short side in pixels; default: the model's own preprocessing")
-    crop: int | None = _key(None, "side of the square cut out of the middle")
-    mean: list[float] | None = _key(None, "of the normalisation, per channel, of pixels from 0 to 1")
-    std: list[float] | None = _key(None, "of the normalisation")
+    path: str | NonEmpty[str] = Field(
+        default="demo:photographs", description="a folder of images, files, or demo:photographs"
+    )
+    resize: int | None = Field(default=None, description="short side in pixels; default: the model's own preprocessing")
+    crop: int | None = Field(default=None, description="side of the square cut out of the middle")
+    mean: NonEmpty[float] | None = Field(
+        default=None, description="of the normalization, per channel, of pixels from 0 to 1"
+    )
+    std: NonEmpty[float] | None = Field(default=None, description="of the normalization")
 
 
-@dataclass(frozen=True)
-class OutputConfig:
+class OutputConfig(_Table):
     """[output]: where the maps go, and how."""
 
-    path: str = _key("out/maps.h5", "the HDF5 file")
-    dtype: Literal["float32", "float16", "float64"] = _key("float32", "of the maps")
-    compression: Literal["none", "lzf", "gzip"] = _key("none", "of the maps")
-    channels: Literal["all", "one"] = _key("all", "one: channels reduced to the map for the eye")
-    photographs: bool = _key(True, "keep a small picture of each sample, for reports")
+    path: str = Field(default="out/maps.h5", description="the HDF5 file")
+    dtype: Literal["float32", "float16", "float64"] = Field(default="float32", description="of the maps")
+    compression: Literal["none", "lzf", "gzip"] = Field(default="none", description="of the maps")
+    channels: Literal["all", "one"] = Field(
+        default="all", description="all: every channel; one: the channel-reduced map"
+    )
+    photographs: bool = Field(default=True, description="keep a small picture of each sample, for reports")
 
 
-@dataclass(frozen=True)
-class RunConfig:
+class RunConfig(_Table):
     """[run]: how it is computed."""
 
-    target: int | str = _key("argmax", "argmax, label (of each sample), a class by number or name")
-    seed: int = _key(0, "of methods that draw numbers, and of random weights")
-    device: str = _key("cpu", "cpu, cuda, cuda:1, mps, ...")
-    precision: Literal["float32", "bfloat16", "float16"] = _key("float32", "below float32: automatic mixed precision")
-    batch_size: int | None = _key(None, "images per pass; default: what pays on the device")
-    workers: int = _key(0, "processes that read images")
+    target: int | str = Field(default="argmax", description="argmax, label (of each sample), a class by number or name")
+    seed: int = Field(default=0, description="of methods that draw numbers, and of random weights")
+    device: str = Field(default="cpu", description="cpu, cuda, cuda:1, mps, ...")
+    precision: Literal["float32", "bfloat16", "float16"] = Field(
+        default="float32", description="below float32: automatic mixed precision"
+    )
+    batch_size: int | None = Field(default=None, description="images per pass; default: what pays on the device")
+    workers: int = Field(default=0, description="processes that read images")
 
 
-@dataclass(frozen=True)
-class Config:
+class Config(_Table):
     """A whole experiment; `attrbox.config.load` makes one."""
 
-    methods: list[Entry] = _key(lambda: ["saliency", "grad_cam"], 'names, or {name = "...", OPTION = VALUE}')
-    metrics: list[Entry] = _key(lambda: ["morf", "lerf"], "the same")
+    methods: NonEmpty[Entry] = Field(
+        default=["saliency", "grad_cam"], description='names, or {name = "...", OPTION = VALUE}'
+    )
+    metrics: NonEmpty[Entry] = Field(default=["morf", "lerf"], description="the same")
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     output: OutputConfig = OutputConfig()
     run: RunConfig = RunConfig()
 
+    @field_validator("methods", "metrics")
+    @classmethod
+    def _exist(cls, entries: list[Entry], info: ValidationInfo) -> list[Entry]:
+        try:
+            if info.field_name == "methods":
+                choose(method_registry, _pairs(entries))
+            else:
+                choose(metric_registry, _pairs(entries))
+        except AttrboxError as error:
+            raise ValueError(str(error)) from error
+        return entries
+
     @property
     def chosen_methods(self) -> list[tuple[str, dict[str, Any]]]:
         """Names with options."""
-        return [_pair(entry) for entry in self.methods]
+        return _pairs(self.methods)
 
     @property
     def chosen_metrics(self) -> list[tuple[str, dict[str, Any]]]:
         """Names with options."""
-        return [_pair(entry) for entry in self.metrics]
+        return _pairs(self.metrics)
 
     def to_toml(self) -> str:
-        """The config as a file, with all that is set; `load` reads it back."""
-        lines = [f"{name} = {_toml(getattr(self, name))}" for name in ("methods", "metrics")]
-        for name in ("model", "data", "output", "run"):
-            lines += ["", f"[{name}]"]
-            for key, value in vars(getattr(self, name)).items():
-                if value is not None:
-                    lines.append(f"{key} = {_toml(value)}")
-        return "\n".join(lines) + "\n"
+        """Write the config as a file, with all that is set; `load` reads it back."""
+        return tomli_w.dumps(self.model_dump(exclude_none=True))
 
 
 def load(
@@ -153,15 +169,10 @@ def parse(
         if value is not None:
             _put(values, key, value, key)
             places[key] = f"the option for {key}"
-    config: Config = _built(Config, values, "", places, origin)
-    for kind, check in (
-        ("methods", lambda: choose(method_registry, config.chosen_methods)),
-        ("metrics", lambda: choose(metric_registry, config.chosen_metrics)),
-    ):
-        try:
-            check()
-        except (OptionError, LookupError) as error:
-            raise OptionError(f"{places.get(kind, origin)}: {error}") from error
+    try:
+        config = Config.model_validate(values)
+    except ValidationError as error:
+        raise OptionError(_told(error.errors(), places, origin)) from error
     name = config.model.name
     if name == named and not trust and not name.startswith("torchvision:") and name not in SHORTHANDS:
         raise OptionError(
@@ -174,69 +185,15 @@ def parse(
 def described() -> list[tuple[str, str, Any, str]]:
     """Every key: its table, its name, its default and a line of help."""
     rows = []
-    for one in dataclasses.fields(Config):
-        default = getattr(Config(), one.name)
-        if dataclasses.is_dataclass(default):
-            rows += [
-                (one.name, key.name, getattr(default, key.name), key.metadata["help"])
-                for key in dataclasses.fields(default)
-            ]
-        else:
-            rows.append(("", one.name, default, one.metadata["help"]))
+    for name, field in Config.model_fields.items():
+        tables = {name: field.default} if isinstance(field.default, _Table) else {"": Config()}
+        for table, holder in tables.items():
+            keys = type(holder).model_fields if table else {name: field}
+            rows += [(table, key, getattr(holder, key), str(keys[key].description)) for key in keys]
     return rows
 
 
 # ------------------------------------------------------------------------------------------------------------- checking
-
-
-def _built(cls: type, values: Mapping[str, Any], prefix: str, places: Mapping[str, str], origin: str) -> Any:
-    """A dataclass of the values, each of which must be known and of the type that the field declares."""
-    hints = typing.get_type_hints(cls)
-    for key in values:
-        if key not in hints:
-            where = places.get(prefix + key, origin)
-            raise OptionError(f"{where}: there is no {prefix + key!r}. {near_miss(key, hints)}")
-    built = {}
-    for key, value in values.items():
-        hint, name = hints[key], prefix + key
-        where = places.get(name, origin)
-        if dataclasses.is_dataclass(hint):
-            if not isinstance(value, Mapping):
-                raise OptionError(f"{where}: expected a table [{name}], got {value!r}.")
-            built[key] = _built(typing.cast(type, hint), value, f"{name}.", places, origin)
-        elif not _fits(value, hint):
-            raise OptionError(f"{where}: expected {name} to be {_words(hint)}, got {value!r}.")
-        else:
-            built[key] = value
-    return cls(**built)
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    form, inner = typing.get_origin(hint), typing.get_args(hint)
-    if form in (typing.Union, types.UnionType):
-        return any(_fits(value, one) for one in inner)
-    if form is Literal:
-        return value in inner and isinstance(value, str)
-    if form is list:
-        return isinstance(value, list) and bool(value) and all(_fits(item, inner[0]) for item in value)
-    if form is dict:
-        return isinstance(value, dict) and isinstance(value.get("name"), str)
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
-
-
-def _words(hint: Any) -> str:
-    form, inner = typing.get_origin(hint), typing.get_args(hint)
-    if form in (typing.Union, types.UnionType):
-        return " or ".join(_words(one) for one in inner if one is not type(None))
-    if form is Literal:
-        return " or ".join(repr(word) for word in inner)
-    if form is list:
-        return f"a list, each of it {_words(inner[0])}"
-    if form is dict:
-        return "a table with a name"
-    return {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}[hint]
 
 
 def _lines(text: str) -> dict[str, int]:
@@ -275,19 +232,42 @@ def _read(path: str | Path) -> str:
         raise FileError(f"Cannot read the config {str(path)!r} ({error}).") from error
 
 
-def _pair(entry: Entry) -> tuple[str, dict[str, Any]]:
-    if isinstance(entry, str):
-        return entry, {}
-    return entry["name"], {key: value for key, value in entry.items() if key != "name"}
+def _pairs(entries: Sequence[Entry]) -> list[tuple[str, dict[str, Any]]]:
+    """Names with options.
+
+    Raises:
+        OptionError: a table has no name.
+    """
+    pairs: list[tuple[str, dict[str, Any]]] = []
+    for entry in entries:
+        options = {"name": entry} if isinstance(entry, str) else dict(entry)
+        name = options.pop("name", None)
+        if not isinstance(name, str):
+            raise OptionError(f'Expected a name, or a table with one, {{name = "..."}}, got {entry!r}.')
+        pairs.append((name, options))
+    return pairs
 
 
-def _toml(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, int | float):
-        return repr(value)
-    if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{json.dumps(key)} = {_toml(one)}" for key, one in value.items()) + "}"
-    return "[" + ", ".join(_toml(one) for one in value) + "]"
+def _told(errors: Sequence[ErrorDetails], places: Mapping[str, str], origin: str) -> str:
+    """Say what is wrong with a config, and where: the first key that is wrong."""
+    path = _key(errors[0])
+    name = ".".join(path)
+    where, given = places.get(name, origin), errors[0]["input"]
+    match errors[0]["type"]:
+        case "extra_forbidden":
+            table: Any = Config.model_fields[path[0]].annotation if len(path) > 1 else Config
+            return f"{where}: there is no {name!r}. {near_miss(path[-1], table.model_fields)}"
+        case "model_type":
+            return f"{where}: expected a table [{name}], got {given!r}."
+        case "value_error":
+            return f"{where}: {errors[0]['ctx']['error']}"
+    # A key of several types has an error for each of them.
+    wanted = [error["msg"].removeprefix("Input should be ") for error in errors if _key(error) == path]
+    return f"{where}: expected {name} to be {' or '.join(dict.fromkeys(wanted))}, got {given!r}."
+
+
+def _key(error: ErrorDetails) -> list[str]:
+    """The key that an error is about; behind it come places in lists and alternatives of a union."""
+    first = str(error["loc"][0])
+    is_table = first in Config.model_fields and isinstance(Config.model_fields[first].default, _Table)
+    return [str(part) for part in error["loc"][: 2 if is_table else 1]]

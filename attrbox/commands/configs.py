@@ -1,6 +1,5 @@
 """`attrbox configs`: the keys of config files, and what one of them says."""
 
-import dataclasses
 from pathlib import Path
 from typing import Annotated
 
@@ -31,7 +30,7 @@ def configs(
     if file is not None or sets:
         config = load(file, sets, trust=trust)
         if as_json:
-            say_json(dataclasses.asdict(config))
+            say_json(config.model_dump())
         else:
             say(config.to_toml())
         return
