@@ -1,12 +1,11 @@
 """One self-contained HTML page about a file of maps: gallery, overlays, filters, curves and tables of stored scores.
 
-The page needs no network. Whatever a file says reaches it as text: JSON that the page's script reads, or escaped HTML;
-and its content policy lets no script run but the page's own.
+The page needs no network. Whatever a file says reaches it as text: JSON that the page's script reads, or HTML that the
+template escapes; and its content policy lets no script run but the page's own.
 """
 
 import base64
 import hashlib
-import html
 import io
 import json
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 from numpy.typing import NDArray
 from PIL import Image
 from scipy.stats import rankdata
@@ -59,20 +60,19 @@ def write_report(
 
 def _page(maps: MapsFile, evaluation: Evaluation | None, samples: int, side: int, title: str) -> str:
     style, script = ((_PAGE / f"page.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
-    parts = {
-        "title": html.escape(title),
-        "facts": html.escape(" · ".join(_facts(maps))),
-        "scores": "" if evaluation is None else _scores(evaluation),
-        "methods": _methods(maps),
-        "style_hash": _hash(style),
-        "script_hash": _hash(script),
-        "style": style,
-        "script": script,
-        "data": _embedded(_data(maps, evaluation, samples, side)),
-    }
-    page = (_PAGE / "page.html").read_text(encoding="utf-8")
-    pieces = page.split("{{")  # cut before anything is put in, so that nothing put in is taken for a mark
-    return pieces[0] + "".join(parts[name] + rest for name, rest in (piece.split("}}", 1) for piece in pieces[1:]))
+    templates = Environment(loader=FileSystemLoader(_PAGE), autoescape=True, undefined=StrictUndefined)
+    return templates.get_template("page.html").render(
+        title=title,
+        facts=_facts(maps),
+        scores=None if evaluation is None else _scores(evaluation),
+        charts=[] if evaluation is None else [chart for m in evaluation.metrics if (chart := _chart(m, evaluation))],
+        methods=_methods(maps),
+        style=Markup(style),
+        script=Markup(script),
+        style_hash=_hash(style),
+        script_hash=_hash(script),
+        data=Markup(_embedded(_data(maps, evaluation, samples, side))),
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ the data
@@ -200,7 +200,7 @@ def _facts(maps: MapsFile) -> list[str]:
     return [*facts, f"created {attributes.get('created', '')} by attrbox {attributes.get('attrbox', '')}"]
 
 
-def _methods(maps: MapsFile) -> str:
+def _methods(maps: MapsFile) -> dict[str, Any]:
     told = ("summary", "reference", "coverage")
     rows = [
         [
@@ -211,46 +211,44 @@ def _methods(maps: MapsFile) -> str:
         ]
         for label, one in maps.items()
     ]
-    return _table(["method", "map", "source", "non-linear operations", "options", "samples"], rows)
+    return {
+        "header": ["method", "map", "source", "non-linear operations", "options", "samples"],
+        "rows": rows,
+        "best": set(),
+    }
 
 
-def _scores(evaluation: Evaluation) -> str:
-    """A table of means with intervals, and a chart for each metric that has curves."""
+def _scores(evaluation: Evaluation) -> dict[str, Any]:
+    """Means with intervals; `best` are the cells (row, column) of the best method of each metric."""
     metrics = evaluation.metrics
     arrows = {"higher": "↑", "lower": "↓"}
-    header = [
-        "method",
-        *(f"{metric} {arrows[evaluation.by_metric(metric)[next(iter(evaluation))].better]}" for metric in metrics),
-    ]
-    rows, marked = [], set()
     best = {metric: (*evaluation.best(metric), "")[0] for metric in metrics}
-    for line, (label, scores) in enumerate(evaluation.items()):
-        cells = [f"{label} (control)" if label in evaluation.controls else label]
-        for column, metric in enumerate(metrics, 1):
-            score = scores[metric]
-            cells.append(f"{score.mean:.3f} [{score.interval[0]:.3f}, {score.interval[1]:.3f}]")
-            if label == best[metric]:
-                marked.add((line, column))
-        rows.append(cells)
-    charts = [_chart(metric, evaluation) for metric in metrics]
-    return f'<h2>Scores</h2>{_table(header, rows, marked)}<div class="charts">{"".join(charts)}</div>'
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[Any]], marked: set[tuple[int, int]] = frozenset()) -> str:  # type: ignore[assignment]
-    head = "".join(f'<th scope="col">{html.escape(str(cell))}</th>' for cell in header)
-    lines = []
-    for i, row in enumerate(rows):
-        cells = [
-            f"<td{' class=best' if (i, j) in marked else ''}>{html.escape(str(cell))}</td>"
-            for j, cell in enumerate(row)
+    rows = [
+        [
+            f"{label} (control)" if label in evaluation.controls else label,
+            *(
+                f"{one.mean:.3f} [{one.interval[0]:.3f}, {one.interval[1]:.3f}]"
+                for one in map(scores.get, metrics)
+                if one
+            ),
         ]
-        lines.append(f"<tr>{''.join(cells)}</tr>")
-    table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
-    return f'<div class="scroll" tabindex="0">{table}</div>'
+        for label, scores in evaluation.items()
+    ]
+    first = next(iter(evaluation))
+    return {
+        "header": ["method", *(f"{metric} {arrows[evaluation.by_metric(metric)[first].better]}" for metric in metrics)],
+        "rows": rows,
+        "best": {
+            (row, column)
+            for row, label in enumerate(evaluation)
+            for column, metric in enumerate(metrics, 1)
+            if label == best[metric]
+        },
+    }
 
 
-def _chart(metric: str, evaluation: Evaluation) -> str:
-    """The mean curves of all methods, as SVG."""
+def _chart(metric: str, evaluation: Evaluation) -> dict[str, Any] | None:
+    """The mean curves of all methods, in the units of the drawing; None if the metric has none."""
     scores = {label: score for label, score in evaluation.by_metric(metric).items() if score.curves is not None}
     lines = {
         label: (np.asarray(score.fractions), np.asarray(score.mean_curve))
@@ -258,36 +256,34 @@ def _chart(metric: str, evaluation: Evaluation) -> str:
         if score.fractions is not None and bool((~score.left_out).any())
     }
     if not lines:
-        return ""
+        return None
     xs = np.concatenate([x for x, _ in lines.values()])
     ys = np.concatenate([y for _, y in lines.values()])
     left, right, low, high = xs.min(), xs.max(), np.nanmin(ys), np.nanmax(ys)
     width, height = max(right - left, 1e-12), max(high - low, 1e-12)
-    parts = []
-    for quarter in range(5):
-        place, value = 230 - 50 * quarter, low + quarter / 4 * height
-        parts.append(f'<path d="M50 {place}H450" class="grid"/>')
-        parts.append(f'<text x="45" y="{place + 4}" text-anchor="end">{value:.3g}</text>')
-    for index, (label, (x, y)) in enumerate(lines.items()):
-        points = " ".join(
-            f"{50 + 400 * (a - left) / width:.1f},{230 - 200 * (b - low) / height:.1f}"
-            for a, b in zip(x, y, strict=True)
-            if np.isfinite(b)
-        )
-        colour, dash = _LINES[index % len(_LINES)], "" if index < len(_LINES) else ' stroke-dasharray="4 3"'
-        parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.5"{dash}/>')
-        parts.append(f'<text x="465" y="{28 + 13 * index}" fill="{colour}">{html.escape(label)}</text>')
-    axis = html.escape(next(iter(scores.values())).axis)
-    ticks = [(50, 246, "start", left), (450, 246, "end", right)]
-    parts += [f'<text x="{x}" y="{y}" text-anchor="{anchor}">{value:.3g}</text>' for x, y, anchor, value in ticks]
-    name = html.escape(metric)
-    tall = max(265, 40 + 13 * len(lines))
-    return (
-        f'<div class="chart"><h3>{name}</h3>'
-        f'<svg viewBox="0 0 640 {tall}" role="img" aria-label="mean curves of {name}" font-size="11">'
-        f'<path d="M50 30V230H450" fill="none" stroke="#888"/>{"".join(parts)}'
-        f'<text x="250" y="260" text-anchor="middle">{axis}</text></svg></div>'
-    )
+
+    def points(x: NDArray[Any], y: NDArray[Any]) -> str:
+        places = ((50 + 400 * (a - left) / width, 230 - 200 * (b - low) / height) for a, b in zip(x, y, strict=True))
+        return " ".join(f"{a:.1f},{b:.1f}" for a, b in places if np.isfinite(b))
+
+    return {
+        "metric": metric,
+        "axis": next(iter(scores.values())).axis,
+        "left": f"{left:.3g}",
+        "right": f"{right:.3g}",
+        "grid": [(230 - 50 * quarter, f"{low + quarter / 4 * height:.3g}") for quarter in range(5)],
+        "lines": [
+            {
+                "label": label,
+                "points": points(x, y),
+                "color": _LINES[index % len(_LINES)],
+                "dash": "4 3" if index >= len(_LINES) else "none",
+                "y": 28 + 13 * index,
+            }
+            for index, (label, (x, y)) in enumerate(lines.items())
+        ],
+        "height": max(265, 40 + 13 * len(lines)),
+    }
 
 
 def _hash(text: str) -> str:
