@@ -24,6 +24,15 @@ class Pair(nn.Module):
         features = self.first(x)
         if self.use == "batch statistics":
             return self.head(F.batch_norm(features, None, None, training=True).relu().flatten(2).mean(2))
+        if self.use.startswith("conditional"):  # of the image's mean color: other weights in each pass
+            what, color = self.use.split()[1], x.mean((0, 2, 3)).repeat(2)
+            norm, first = self.norm, self.first
+            own = {"mean": norm.running_mean, "variance": norm.running_var, "scale": norm.weight, "shift": norm.bias}
+            own |= {"kernel": first.weight, "bias": first.bias}
+            own[what] = own[what] + (color.view(-1, 1, 1, 1) if what == "kernel" else color) ** 2
+            features = F.conv2d(x, own["kernel"], own["bias"], padding=1, groups=3)
+            normed = F.batch_norm(features, own["mean"], own["variance"], own["scale"], own["shift"])
+            return self.head(normed.relu().flatten(2).mean(2))
         normed = self.norm(features)
         if self.use == "keywords":
             norm = self.norm
@@ -79,6 +88,21 @@ def test_folded_pass_equals_native(options, folded):
 def test_two_norms_of_one_output_are_left_alone():
     model = pair("keywords")  # the module's norm, and a second one with another epsilon
     assert Folding.of(model, torch.randn(1, 3, 6, 6, dtype=torch.float64)) is None
+
+
+@pytest.mark.parametrize("what", ["mean", "variance", "scale", "shift", "kernel", "bias"])
+def test_weights_that_depend_on_the_image_are_not_folded(what):
+    model = pair(f"conditional {what}")
+    image = torch.randn(1, 3, 6, 6, dtype=torch.float64)
+    assert Folding.of(model, image) is None
+    if what in ("mean", "variance"):  # torch differentiates no statistics, so only passes without gradients take them
+        return
+    nodes = (torch.arange(5, dtype=torch.float64) + 0.5) / 5
+    path = [(node * image).requires_grad_() for node in nodes]
+    oracle = sum(torch.autograd.grad(model(point)[0, 1], point)[0] for point in path) / 5 * image
+    options = {"target": 1, "steps": 5, "quadrature": "midpoint", "batch_size": 1}  # one image: color is a batch mean
+    maps = attrbox.explain(model, image, "integrated_gradients", **options)
+    torch.testing.assert_close(maps.values, oracle)
 
 
 def test_hooks_keep_what_they_see():

@@ -17,6 +17,7 @@ LAYERS = [
     ["attrbox.seeds", "attrbox.superpixels"],
     ["attrbox.engine.site", "attrbox.engine.stem", "attrbox.engine.grids"],
     ["attrbox.engine.linearity"],
+    ["attrbox.engine.batch_norm"],
     ["attrbox.engine.folding"],
     ["attrbox.engine.linear"],
     ["attrbox.engine.operation"],

@@ -1,5 +1,7 @@
 """LRP at layers: each rule against Jacobian-made matrices with a free relevance, composites, conservation."""
 
+import copy
+import math
 from collections.abc import Callable
 
 import pytest
@@ -57,6 +59,18 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "conv3d": (lambda: nn.Conv3d(1, 2, 2), (1, 3, 3, 3)),
     "conv_transpose2d": (lambda: nn.ConvTranspose2d(2, 3, 2, 2), (2, 2, 2)),
     "conv2d, batch-norm": (lambda: Normed(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3)), (2, 4, 4)),
+    "conv_transpose1d, batch-norm": (
+        lambda: Normed(nn.ConvTranspose1d(4, 6, 3, 2, 1, 1, groups=2), nn.BatchNorm1d(6)),
+        (4, 3),
+    ),
+    "conv_transpose2d, batch-norm": (
+        lambda: Normed(nn.ConvTranspose2d(2, 3, 2, dilation=2, bias=False), nn.BatchNorm2d(3)),
+        (2, 2, 2),
+    ),
+    "conv_transpose3d, batch-norm": (
+        lambda: Normed(nn.ConvTranspose3d(2, 4, (1, 2, 2), groups=2), nn.BatchNorm3d(4, affine=False)),
+        (2, 1, 2, 2),
+    ),
     "linear, batch-norm": (lambda: Normed(nn.Linear(6, 4, bias=False), nn.BatchNorm1d(4)), (6,)),
     "batch-norm alone": (lambda: Normed(nn.Identity(), nn.BatchNorm2d(2)), (2, 3, 3)),
     "batch-norm alone, vectors": (lambda: Normed(nn.Identity(), nn.BatchNorm1d(6)), (6,)),
@@ -316,8 +330,8 @@ def test_the_rule_of_a_layer_is_the_first_that_fits():
 
 
 class NormFirst(nn.Module):
-    """Norms before convolutions, as in DenseNet and ResNets with pre-activation; one behind a transposed convolution,
-    one at the input, one behind a sum, and one behind a layer whose output goes elsewhere, too."""
+    """Norms before convolutions, as in DenseNet and ResNets with pre-activation: one at the input, one behind a sum;
+    one behind a transposed convolution, and one behind a layer whose output goes elsewhere, too."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -365,7 +379,7 @@ def test_norm_first_nets_are_conserved_up_to_the_audited_share(method):
     options = {"gamma_convolution": 0.25} if method == "attn_lrp" else {}
     maps = attrbox.explain(model, x, method, target=1, audit=True, batch_size=2, **options)
     audit = maps.coverage.conservation
-    assert [site.module for site in audit.sites if site.operation == "batch_norm"] == ["first", "norm2", "norm3"]
+    assert [site.module for site in audit.sites if site.operation == "batch_norm"] == ["first", "norm2"]
     factor = maps.score.detach()[:, None] if method == "excitation_backprop" else 1.0  # its maps are of a score of 1
     if method != "deep_taylor" or (maps.score > 0).all():
         total = maps.values.flatten(1).sum(1, keepdim=True) * factor
@@ -400,12 +414,139 @@ def test_a_norm_first_net_passes_relevance_as_its_folded_twin():
     torch.testing.assert_close(first[..., :2].sum(-1), other[..., 0])  # the norm's share and the layer's
 
 
-def test_a_convolution_used_past_its_batch_norm_passes_relevance_on_both_ways():
+class Spelled(nn.Module):
+    """[N, 4, ...] -> convolution, a batch-norm spelled in some way, ReLU in place, linear layer."""
+
+    def __init__(self, convolution: nn.Module, dims: int, spelling: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.convolution, self.head, self.spelling = convolution, nn.Linear(6, 3), spelling
+        self.norm = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[dims - 1](6, eps=0.1)
+        ranges = ((self.norm.running_mean, -1, 1), (self.norm.running_var, 0.5, 2), (self.norm.weight, -1, 2))
+        for tensor, low, high in (*ranges, (self.norm.bias, -1, 1)):
+            nn.init.uniform_(tensor, low, high)
+
+    def forward(self, x):
+        y = self.spelling(self.convolution(x), self.norm)
+        return self.head(F.relu(y, inplace=True).flatten(2).mean(2))
+
+
+def folded_by_hand(model: Spelled) -> Spelled:
+    """The same function without the batch-norm, output channel by output channel."""
+    twin = copy.deepcopy(model)
+    convolution, norm = twin.convolution, twin.norm
+    twin.spelling = lambda y, norm: y
+    bias = torch.zeros(6).double() if convolution.bias is None else convolution.bias.detach().clone()
+    convolution.bias = nn.Parameter(bias)
+    inputs, outputs = 4 // convolution.groups, 6 // convolution.groups
+    with torch.no_grad():
+        for channel in range(6):
+            scale = norm.weight[channel] / math.sqrt(norm.running_var[channel] + norm.eps)
+            group, place = divmod(channel, outputs)
+            own = (slice(group * inputs, (group + 1) * inputs), place) if convolution.transposed else channel
+            convolution.weight[own] *= scale
+            convolution.bias[channel] = (bias[channel] - norm.running_mean[channel]) * scale + norm.bias[channel]
+    return twin
+
+
+def _arguments(norm: nn.Module) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return norm.weight, norm.bias, norm.running_mean, norm.running_var
+
+
+SPELLINGS: dict[str, Callable[..., Tensor]] = {
+    "module": lambda y, norm: norm(y),
+    "F.batch_norm": lambda y, norm: F.batch_norm(
+        input=y,
+        eps=0.1,
+        bias=norm.bias,
+        weight=norm.weight,
+        running_var=norm.running_var,
+        running_mean=norm.running_mean,
+    ),
+    "torch.batch_norm": lambda y, norm: torch.batch_norm(y, *_arguments(norm), False, 0.1, 0.1, False),
+    "native_batch_norm": lambda y, norm: torch.native_batch_norm(y, *_arguments(norm), False, 0.1, 0.1)[0],
+    "aten": lambda y, norm: torch.ops.aten.native_batch_norm(y, *_arguments(norm), False, 0.1, 0.1)[0],
+    "no training": lambda y, norm: torch._native_batch_norm_legit_no_training(y, *_arguments(norm), 0.1, 0.1)[0],
+    "instance norm": lambda y, norm: F.instance_norm(
+        y, norm.running_mean, norm.running_var, norm.weight, norm.bias, use_input_stats=False, eps=0.1
+    ),
+    "torch.instance_norm": lambda y, norm: torch.instance_norm(y, *_arguments(norm), False, 0.1, 0.1, False),
+}
+CONVOLUTIONS: dict[str, Callable[[int], nn.Module]] = {
+    "convolution": lambda dims: (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1](4, 6, 2, bias=False),
+    "grouped": lambda dims: (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1](4, 6, 2, groups=2),
+    "transposed": lambda dims: _transposed(dims)(4, 6, 3, 2, 1, 1, bias=False),
+    "transposed, grouped": lambda dims: _transposed(dims)(4, 6, 2, groups=2, dilation=2),
+}
+
+
+def _transposed(dims: int) -> type[nn.Module]:
+    return (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[dims - 1]
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize("convolution", CONVOLUTIONS)
+def test_a_batch_norm_passes_relevance_as_if_folded_by_hand(convolution, spelling):
+    methods = [("epsilon_plus", {}), ("epsilon_alpha2_beta1", {}), ("deep_taylor", {}), ("EBP", {})]
+    methods += [("epsilon_gamma_box", {}), ("attn_lrp", {"gamma_convolution": 0.25})]
+    methods += [("deeplift", {"reveal_cancel": "all"})]
+    for dims in (1, 2, 3):
+        build = CONVOLUTIONS[convolution]
+        model = seeded(lambda dims=dims, build=build: Spelled(build(dims), dims, SPELLINGS[spelling]), seed=dims)
+        twin, x = folded_by_hand(model), images(2, 4, *(3,) * dims)
+        torch.testing.assert_close(model(x), twin(x))
+        maps, expected = (attrbox.compare(one, x, methods, target=1) for one in (model, twin))
+        for label in maps:
+            torch.testing.assert_close(maps[label].values, expected[label].values, rtol=1e-9, atol=1e-11)
+            assert maps[label].coverage == expected[label].coverage  # one layer, not two
+
+
+def test_two_batch_norms_in_a_row_belong_to_the_layer():
+    model = seeded(lambda: Spelled(nn.ConvTranspose2d(4, 6, 2), 2, lambda y, norm: norm(norm(y))))
+    single = seeded(lambda: Spelled(nn.ConvTranspose2d(4, 6, 2), 2, SPELLINGS["module"]))
+    single.load_state_dict(model.state_dict())
+    single.convolution = folded_by_hand(single).convolution  # once by hand, the second time as it is
+    x = images(2, 4, 3, 3)
+    torch.testing.assert_close(model(x), single(x))
+    for method in ("epsilon_plus", "epsilon_alpha2_beta1"):
+        got, expected = (attrbox.explain(one, x, method, target=1).values for one in (model, single))
+        torch.testing.assert_close(got, expected)
+
+
+def test_a_batch_norm_along_another_axis_than_the_outputs_is_a_layer_of_its_own():
+    """BatchNorm1d takes axis 1 of [N, L, C] for channels, a linear layer the last one."""
+
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.norm, self.head = nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(16, 3)
+            nn.init.uniform_(self.norm.running_mean, -1, 1)
+            nn.init.uniform_(self.norm.weight, -1, 2)
+
+        def forward(self, x):
+            return self.head(self.norm(self.layer(x)).relu().flatten(1))
+
+    model, x = seeded(Tokens), images(2, 4, 5)
+    maps = attrbox.explain(model, x, "epsilon_plus", target=1, audit=True)
+    kinds = [site.operation for site in maps.coverage.conservation.sites]
+    assert kinds == ["linear", "batch_norm", "relu", "linear"]
+    total = maps.values.flatten(1).sum(1) + maps.coverage.conservation.absorbed[:, 0].sum(1)
+    torch.testing.assert_close(total, maps.score)
+    positive = AlphaBeta(2.0, 1.0)
+    y = model.layer(x).detach()
+    got = relevance_of(positive, model.norm, y, images(2, 16, seed=4))
+    m, b = matrix(model.norm, (4, 4))
+    expected = [by_alpha_beta(2.0, 1.0)(m, b, *row) for row in zip(y.flatten(1), images(2, 16, seed=4), strict=True)]
+    torch.testing.assert_close(got.flatten(1), torch.stack(expected), rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_transposed_convolution_used_past_its_batch_norm(turned):
     class Both(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
-            self.head = nn.Linear(4, 3)
+            self.conv = nn.ConvTranspose2d(3, 4, 3) if turned else nn.Conv2d(3, 4, 3)
+            self.norm, self.head = nn.BatchNorm2d(4), nn.Linear(4, 3)
+            nn.init.uniform_(self.norm.running_mean, -1, 1)
 
         def forward(self, x):
             y = self.conv(x)

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from attrbox.engine.batch_norm import batch_norm_of
 from attrbox.engine.linearity import argument
 
 T = TypeVar("T")
@@ -30,20 +31,6 @@ _CONVOLUTIONS = frozenset({torch.conv1d, torch.conv2d, torch.conv3d})
 
 class Unfolded(Exception):  # noqa: N818 - a signal between two parts of the engine, not an error
     """The model used the output of a folded convolution in another way than before."""
-
-
-def batch_norm_scale(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
-    """Scale and shift, [C], of a call of `batch_norm(x, mean, variance, ...)`; None with batch statistics."""
-    rest = args[1:]
-    mean = argument(rest, kwargs, 0, "running_mean", None)
-    variance = argument(rest, kwargs, 1, "running_var", None)
-    if argument(rest, kwargs, 4, "training", False) or mean is None or variance is None:
-        return None
-    weight, bias = argument(rest, kwargs, 2, "weight", None), argument(rest, kwargs, 3, "bias", None)
-    scale = torch.rsqrt(variance + argument(rest, kwargs, 6, "eps", 1e-5))
-    scale = scale if weight is None else scale * weight
-    shift = -mean * scale
-    return scale, shift if bias is None else shift + bias
 
 
 @dataclass(frozen=True)
@@ -60,7 +47,7 @@ class Folding:
             return None
         if any(module._forward_hooks or module._forward_pre_hooks for module in modules):
             return None  # a hook may look at a convolution's output
-        watching = _Watching()
+        watching = _Watching(frozenset(id(tensor) for tensor in (*model.parameters(), *model.buffers())))
         with torch.no_grad(), watching:
             model(images.clone())
         weights = {}
@@ -121,10 +108,15 @@ def _tensors(values: Any) -> Iterator[Tensor]:
 
 
 class _Watching(TorchFunctionMode):
-    """Finds pairs of a convolution and the batch-norm that alone uses its output."""
+    """Finds pairs of a convolution and the batch-norm that alone uses its output.
 
-    def __init__(self) -> None:
+    Both must be made of the model's own parameters and buffers (`constants`, by identity): what the model computes in
+    its forward pass may depend on the images, and is another tensor in each pass.
+    """
+
+    def __init__(self, constants: frozenset[int]) -> None:
         super().__init__()
+        self._constants = constants
         self.pairs: dict[int, tuple[Tensor, Tensor | None, Tensor, Tensor]] = {}
         self.spoilt: set[int] = set()
         self._outputs: dict[int, tuple[Tensor, Tensor, Tensor | None]] = {}  # by identity; kept alive, so unique
@@ -133,11 +125,13 @@ class _Watching(TorchFunctionMode):
         kwargs = kwargs or {}
         result = function(*args, **kwargs)
         used = [t for t in _tensors((*args, *kwargs.values())) if id(t) in self._outputs]
-        if function is F.batch_norm and used:
+        norm = batch_norm_of(function, args, kwargs) if function is F.batch_norm and used else None
+        if norm is not None:
             _, weight, bias = self._outputs[id(used[0])]
-            affine = batch_norm_scale(args, kwargs)
+            affine = norm.affine
             key = id(weight)
-            if affine is None or key in self.pairs:  # batch statistics, or a second batch-norm or call
+            fixed = self._fixed(weight, bias, norm.mean, norm.variance, norm.weight, norm.bias)
+            if affine is None or not fixed or key in self.pairs:  # batch statistics, or a second batch-norm or call
                 self.spoilt.add(key)
             else:
                 self.pairs[key] = (weight, bias, *affine)
@@ -147,6 +141,9 @@ class _Watching(TorchFunctionMode):
             weight = argument(args, kwargs, 1, "weight", None)
             self._outputs[id(result)] = (result, weight, argument(args, kwargs, 2, "bias", None))
         return result
+
+    def _fixed(self, *tensors: Tensor | None) -> bool:
+        return all(tensor is None or id(tensor) in self._constants for tensor in tensors)
 
 
 class _Running(TorchFunctionMode):

@@ -6,8 +6,9 @@ to it:
     bn(conv(x; w, b)) = conv(x; w s, b s + t)
 
 so that such rules need no canonizer: where the batch-norm's input is the layer's output, the two are one site, from the
-layer's input to the batch-norm's output. A batch-norm behind anything else is a layer of its own, y = s x + t channel
-by channel. The forward pass computes what the model asked for, bit for bit.
+layer's input to the batch-norm's output. That holds for transposed convolutions too. A batch-norm behind anything else,
+or along another axis than the layer's outputs, is a layer of its own, y = s x + t channel by channel. The forward pass
+computes what the model asked for, bit for bit.
 
 Rules that treat a layer and the activation behind it as one ask for pairs: where a layer's output goes into one
 activation and nowhere else, each site names the other (`Pairs`).
@@ -21,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attrbox.engine.folding import batch_norm_scale
+from attrbox.engine.batch_norm import SPELLINGS, batch_norm_of
 from attrbox.engine.linearity import argument, is_activation
 from attrbox.engine.operation import Function, Operation
 from attrbox.engine.site import Site
@@ -35,8 +36,8 @@ _KINDS: dict[Function, str] = {
 
 def layer_of(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operation | None:
     """The layer behind an intercepted call: an activation, a constant weight, a constant bias or none."""
-    if function is F.batch_norm:
-        return _batch_norm(args, kwargs)
+    if function in SPELLINGS:
+        return _batch_norm(function, args, kwargs)
     kind = _KINDS.get(function)
     if kind is None:
         return None
@@ -50,22 +51,31 @@ def layer_of(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     def apply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
         return function(x, weight, bias, *rest, **others)
 
-    turned = kind == "convolution" and "transpose" in function.__name__
-    return _layer(kind, x, lambda x: apply(x, weight, bias), apply, weight, bias, turned)
+    groups = 0  # not turned
+    if kind == "convolution" and "transpose" in function.__name__:
+        groups = argument(args, kwargs, 6, "groups", 1)
+    return _layer(kind, x, lambda x: apply(x, weight, bias), apply, weight, bias, groups)
 
 
-def _batch_norm(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operation | None:
-    x, affine = argument(args, kwargs, 0, "input", None), batch_norm_scale(args, kwargs)
-    if affine is None or not is_activation(x) or any(map(is_activation, affine)):
+def _batch_norm(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operation | None:
+    norm = batch_norm_of(function, args, kwargs)
+    affine = norm.affine if norm else None
+    if norm is None or affine is None or not is_activation(norm.input) or not norm.constant:
         return None
-    rest = {name: value for name, value in kwargs.items() if name != "input"}
+    x = norm.input
     channels = (1, -1, *(1,) * (x.dim() - 2))
 
     def apply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         scaled = x * weight.view(channels)
         return scaled if bias is None else scaled + bias.view(channels)
 
-    return _layer("batch_norm", x, lambda x: F.batch_norm(x, *args[1:], **rest), apply, *affine, False)
+    return _layer("batch_norm", x, _with_input(function, args, kwargs), apply, *affine)
+
+
+def _with_input(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Function:
+    """A call as a function of its input."""
+    rest = {name: value for name, value in kwargs.items() if name != "input"}
+    return lambda x: function(x, *args[1:], **rest)
 
 
 def _layer(
@@ -75,11 +85,11 @@ def _layer(
     apply: Function,
     weight: Tensor,
     bias: Tensor | None,
-    turned: bool,
+    groups: int = 0,
     joined: bool = False,
 ) -> Operation:
     options = {"apply": apply, "weight": weight, "bias": bias, "nonnegative": _is_nonnegative(x)}
-    options |= {"turned": turned, "joined": joined}
+    options |= {"turned": groups, "joined": joined}
     return Operation(kind, (x,), run, lambda x: apply(x, weight, bias), options=options)
 
 
@@ -87,23 +97,32 @@ def with_batch_norm(
     layer: Operation, output: Tensor, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Operation | None:
     """A layer and the batch-norm that takes its output, as one; None if the call is no such batch-norm."""
-    if function is not F.batch_norm or argument(args, kwargs, 0, "input", None) is not output:
+    norm = batch_norm_of(function, args, kwargs)
+    affine = norm.affine if norm else None
+    if norm is None or affine is None or norm.input is not output or not norm.constant:
         return None
-    affine = batch_norm_scale(args, kwargs)
-    if affine is None or layer.options["turned"]:
+    if layer.kind == "linear" and output.dim() > 2:  # its outputs are the last axis, the batch-norm's channels are not
         return None
-    (scale, shift), weight, bias = affine, layer.options["weight"], layer.options["bias"]
-    rest = {name: value for name, value in kwargs.items() if name != "input"}
+    (scale, shift), bias = affine, layer.options["bias"]
+    run = _with_input(function, args, kwargs)
     return _layer(
         layer.kind,
         layer.inputs[0],
-        lambda x: function(output.detach(), *args[1:], **rest),
+        lambda x: run(output.detach()),
         layer.options["apply"],
-        weight * scale.view(-1, *(1,) * (weight.dim() - 1)),
+        _scaled(layer.options["weight"], scale, layer.options["turned"]),
         shift if bias is None else bias * scale + shift,
-        False,
+        layer.options["turned"],
         joined=True,
     )
+
+
+def _scaled(weight: Tensor, scale: Tensor, groups: int) -> Tensor:
+    """Weights with each output scaled by s [C]: [C, ...], or of a transposed convolution [inputs, C / groups, ...]."""
+    if not groups:
+        return weight * scale.view(-1, *(1,) * (weight.dim() - 1))
+    by_group = weight.view(groups, -1, *weight.shape[1:]) * scale.view(groups, 1, -1, *(1,) * (weight.dim() - 2))
+    return by_group.flatten(0, 1)
 
 
 class Pairs:

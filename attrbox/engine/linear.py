@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attrbox.engine.folding import batch_norm_scale
+from attrbox.engine.batch_norm import batch_norm_of
 from attrbox.engine.linearity import argument, is_activation
 
 aten: Any = torch.ops.aten
@@ -79,7 +79,8 @@ class LinearCalls:
             return None
         last, self._last = self._last, None
         if reader is _batch_norm:
-            affine = batch_norm_scale(args, kwargs)
+            norm = batch_norm_of(function, args, kwargs)
+            affine = norm.affine if norm else None
             if affine is None:
                 return None
             unwritten = last is not None and last[0] is x and x._version == last[3]
@@ -153,9 +154,10 @@ def _linear(x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LinearM
 
 
 def _batch_norm(x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LinearMap:
-    affine = batch_norm_scale(args, kwargs)
-    assert affine is not None
-    scale = affine[0].view(1, -1, *(1,) * (x.dim() - 2))
+    norm = batch_norm_of(F.batch_norm, args, kwargs)
+    assert norm is not None
+    assert norm.affine is not None
+    scale = norm.affine[0].view(1, -1, *(1,) * (x.dim() - 2))
 
     def both(t: Tensor) -> Tensor:
         return t * scale.to(t.dtype)

@@ -80,10 +80,6 @@ def is_linear(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any])
         return len(activations) == 1 and not ("div" in name and is_activation(divisor))
     if name in _DROPOUT:
         return not argument(args, kwargs, 2, "training", True)
-    if name == "batch_norm":
-        return len(activations) == 1 and not argument(args, kwargs, 5, "training", False)
-    if name == "instance_norm":
-        return len(activations) == 1 and not argument(args, kwargs, 5, "use_input_stats", True)
     return False
 
 

@@ -18,11 +18,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
+from attrbox.engine.batch_norm import batch_norm_of
 from attrbox.engine.decompositions import Parts, parts_of
 from attrbox.engine.folding import Unfolded
 from attrbox.engine.grids import CONVOLUTIONS, Follower, Grid
@@ -119,6 +119,8 @@ class _SiteFunction(torch.autograd.Function):
         output = result[0] if isinstance(result, tuple) else result
         if operation.in_place:
             ctx.mark_dirty(inputs[0])
+        elif isinstance(result, Tensor) and result._is_view():  # autograd lets nobody write into it: instance_norm
+            result = output = result.clone()
         if isinstance(result, tuple):
             ctx.mark_non_differentiable(*result[1:])
         ctx.replaying, ctx.site = replaying, site
@@ -263,9 +265,10 @@ class Recorder(TorchFunctionMode):
     def _make_layer(self, layer: Operation) -> Any:
         layer.options["first"] = not any(site.kind in LAYERS for site in self.sites)
         result = self._keep(layer) if self._reference else self._make_site(layer)
-        self._last_layer = (self.sites[-1], layer, result, result._version)
+        output = _first(result)
+        self._last_layer = (self.sites[-1], layer, output, output._version)
         if not self._reference:
-            self._pairs.made(result, self.sites[-1])
+            self._pairs.made(output, self.sites[-1])
         return result
 
     def _with_batch_norm(self, function: Any, args: Any, kwargs: Any) -> Any:
@@ -276,14 +279,15 @@ class Recorder(TorchFunctionMode):
         joined = with_batch_norm(layer, output, function, args, kwargs)
         if joined is None or output._version != version:  # written over in between
             return None
-        self._last_layer = None
-        if self._reference:
-            return function(*args, **kwargs)
         joined.options["first"] = layer.options["first"]
-        site = replace(site, function=joined.pure, options=joined.options)
-        self.sites[site.index] = site
-        result = self._run_site(site, joined)
-        self._pairs.made(result, site)
+        if self._reference:
+            result = function(*args, **kwargs)
+        else:
+            site = replace(site, function=joined.pure, options=joined.options)
+            self.sites[site.index] = site
+            result = self._run_site(site, joined)
+            self._pairs.made(_first(result), site)
+        self._last_layer = (site, joined, _first(result), _first(result)._version)
         return result
 
     def _keep(self, operation: Operation) -> Any:
@@ -310,10 +314,11 @@ class Recorder(TorchFunctionMode):
             return
         first = _first(result)
         if is_activation(first):
-            if is_linear(function, args, kwargs):
-                return
-            if self.needs and function in (F.batch_norm, torch.batch_norm):
+            norm = batch_norm_of(function, args, kwargs)
+            if norm is not None and norm.trains and self.needs:
                 raise _batch_statistics(self.running)
+            if is_linear(function, args, kwargs) or (norm is not None and norm.linear):
+                return
             if self.needs and name_of(function).startswith("fractional_max_pool"):
                 raise _drawn_windows(self.running)
         elif not (isinstance(first, Tensor) and is_decision(function) and args and is_activation(args[0])):
