@@ -392,6 +392,7 @@ class _Clock:
         return seconds
 
     def _now(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)  # once per method and chunk
+        accelerator = torch.accelerator.current_accelerator()
+        if accelerator is not None and accelerator.type == self._device.type:
+            torch.accelerator.synchronize(self._device)  # once per method and chunk
         return time.perf_counter()

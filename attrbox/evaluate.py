@@ -29,7 +29,7 @@ from attrbox.metrics.sources import (
     MapsLike,
     Source,
     check_shapes,
-    chunk,
+    chunks,
     control_maps,
     defined_controls,
     known_target,
@@ -145,7 +145,7 @@ def _target(target: TargetLike, sources: Mapping[str, Source], count: int) -> Ta
     known = known_target(sources)
     if known is None:
         return given
-    if given.indices is not None and not torch.equal(given.indices.flatten().expand(count), known.cpu().long()):
+    if given.indices is not None and not torch.equal(given.indices.flatten().expand(count), known.long()):
         raise InputError("The maps explain other targets than those given. Leave the target out, or explain these.")
     return Target(known, count)
 
@@ -228,7 +228,7 @@ class _Plan:
     def _study(self, model: nn.Module | None, rows: slice, per_pass: int, progress: Callable[[int], Any]) -> Study:
         images = self.images[rows]
         seeds = self.seeds[rows]
-        maps = {label: chunk(label, source, rows, images) for label, source in self.sources.items()}
+        maps = chunks(self.sources, rows, images)
         maps |= {label: control_maps(one, images, seeds) for label, one in self.controls.items()}
         known = self.target.indices
         indices = None if known is None else known.expand(self.target.samples, -1)[rows].to(images.device)

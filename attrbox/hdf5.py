@@ -315,7 +315,7 @@ def _common(attributions: Mapping[str, Attribution]) -> Attribution:
 
 
 def _same(one: Tensor | None, other: Tensor | None) -> bool:
-    if one is None or other is None:
+    if one is other or one is None or other is None:
         return one is other
     return torch.equal(one.cpu(), other.cpu())
 

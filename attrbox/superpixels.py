@@ -14,7 +14,7 @@ def quickshift(images: Tensor, seeds: Sequence[int]) -> Tensor:
     """Superpixels of images [n, C, H, W] by quickshift, with the settings of LIME's image explainer, [n, H, W].
 
     Images are scaled to [0, 1] for it, each by its smallest and largest value, as their normalisation is not known
-    here. Runs on the CPU.
+    here. Runs on the CPU, and leaves its result there.
 
     Raises:
         OptionError: scikit-image is not there.
@@ -42,10 +42,10 @@ def quickshift(images: Tensor, seeds: Sequence[int]) -> Tensor:
         run(image.permute(1, 2, 0).numpy(), rng=seed % 2**32, **settings)
         for image, seed in zip(unit, seeds, strict=True)
     ]
-    return torch.from_numpy(np.stack(found)).to(images.device, torch.int64)
+    return torch.from_numpy(np.stack(found)).to(torch.int64)
 
 
-def cells(sides: Sequence[int], grid: int, device: torch.device) -> Tensor:
+def cells(sides: Sequence[int], grid: int) -> Tensor:
     """A regular grid of regions, `grid` along each axis, [*sides].
 
     Raises:
@@ -56,21 +56,20 @@ def cells(sides: Sequence[int], grid: int, device: torch.device) -> Tensor:
             f"A grid of {grid} superpixels along each axis is larger than the images, {' x '.join(map(str, sides))} "
             "pixels. Use fewer."
         )
-    labels = torch.zeros((), dtype=torch.int64, device=device)
+    labels = torch.zeros((), dtype=torch.int64, device="cpu")
     for side in sides:
-        labels = labels[..., None] * grid + torch.arange(side, device=device) * grid // side
+        labels = labels[..., None] * grid + torch.arange(side, device="cpu") * grid // side
     return labels
 
 
-def given(segments: Any, count: int, rows: slice, sides: Sequence[int], device: torch.device) -> Tensor:
-    """A user's labels as [1 or n, *sides].
+def given(segments: Any, count: int, rows: slice, sides: Sequence[int]) -> Tensor:
+    """A user's labels as [1 or n, *sides], on the CPU.
 
     Args:
         segments: whole numbers, [*sides] or [N, *sides].
         count: N, images of the call.
         rows: those of the chunk.
         sides: of the images.
-        device: where the labels are wanted.
 
     Raises:
         InputError: the labels have another shape, or are no whole numbers.
@@ -83,8 +82,8 @@ def given(segments: Any, count: int, rows: slice, sides: Sequence[int], device: 
             f"Expected superpixels as whole numbers of shape {list(sides)} or {[count, *sides]}, a label for each "
             f"pixel, got {labels.dtype} {list(labels.shape)}."
         )
-    labels = labels.to(device, torch.int64)
-    return labels[None] if labels.dim() == len(sides) else labels[rows]
+    labels = labels[None] if labels.dim() == len(sides) else labels[rows]
+    return labels.to("cpu", torch.int64)
 
 
 def numbered(segments: Tensor) -> tuple[Tensor, list[int]]:

@@ -360,7 +360,7 @@ def map_tests(out: Path, seconds: float) -> None:
     with copied() as folder:
         for name in files(folder, ["attrbox"]):
             instrument(folder / name, name)
-        for file in sorted(folder.glob("tests/test_*.py")):
+        for file in sorted(folder.glob("tests/*_*.py")):
             name = f"tests/{file.name}"
             if name in done:
                 continue

@@ -265,7 +265,7 @@ def test_superpixels_by_default_given_and_as_a_grid():
     own = torch.stack([odd, torch.arange(4)])  # superpixels of their own for each image
     values = explain(linear, ROWS, "kernel_shap", target=0, segments=own, samples=None, batch_size=1).values
     torch.testing.assert_close(values, torch.stack([contributions[0], (W * ROWS)[1]]))
-    assert cells((4, 6), 2, torch.device("cpu")).tolist() == [[0, 0, 0, 1, 1, 1]] * 2 + [[2, 2, 2, 3, 3, 3]] * 2
+    assert cells((4, 6), 2).tolist() == [[0, 0, 0, 1, 1, 1]] * 2 + [[2, 2, 2, 3, 3, 3]] * 2
 
 
 def test_a_hidden_superpixel_shows_its_mean_colour():

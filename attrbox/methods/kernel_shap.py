@@ -57,12 +57,13 @@ class KernelShap(Segmented):
         games = [self._coalitions(run, row, count) for row, count in enumerate(counts)]
         nobody = [shown.new_zeros(1, shown.shape[1]) for shown, _ in games]
         rows = [torch.cat([nothing, shown]) for nothing, (shown, _) in zip(nobody, games, strict=True)]
-        scores = exact(self.played(run, rows, segments, counts))
+        played, whole = self.played(run, rows, segments, counts), run.scores_in(self.unit(run))
+        scores, whole, *exactly = exact(played, whole, *itertools.chain.from_iterable(games))
         if scores.is_meta:
             return run.images.new_empty(*scores.shape[1:], *run.images[:, :1].shape[1:])
-        base, whole = scores[0], exact(run.scores_in(self.unit(run)))
+        base, games = scores[0], list(zip(exactly[::2], exactly[1::2], strict=True))
         values = [
-            _solved(exact(shown), exact(weights), scores[1 : 1 + len(shown), row], base[row], whole[row])
+            _solved(shown, weights, scores[1 : 1 + len(shown), row], base[row], whole[row])
             for row, (shown, weights) in enumerate(games)
         ]
         complete = torch.tensor([len(shown) == 2**count - 2 for (shown, _), count in zip(games, counts, strict=True)])

@@ -55,10 +55,10 @@ class Lime(Segmented):
             drawn = run.numbers_of(row, 0, (self.samples, count)) < 0.5
             drawn[0] = True
             shown.append(drawn)
-        scores = exact(self.played(run, shown, segments, counts))
+        scores, *shown = exact(self.played(run, shown, segments, counts), *shown)
         if scores.is_meta:
             return run.images.new_empty(*scores.shape[1:], *run.images[:, :1].shape[1:])
-        fits = [self._fitted(exact(z), scores[:, row]) for row, z in enumerate(shown)]
+        fits = [self._fitted(z, scores[:, row]) for row, z in enumerate(shown)]
         run.tell(
             intercept=torch.stack([intercept for _, intercept, _ in fits]).to(run.images),
             fit=torch.stack([share for _, _, share in fits]).to(run.images),

@@ -63,14 +63,13 @@ class Segmented(Perturbing):
         """A label for each pixel, [n, ...], and how many each image has."""
         sides, n = spatial(run.images), len(run.images)
         if self.segments is None:
-            seeds = [run.seeds[row % len(run.seeds)] for row in range(n)]
-            return numbered(quickshift(run.images, seeds))
-        if isinstance(self.segments, int):
-            labels = cells(sides, self.segments, run.images.device)[None]
+            labels = quickshift(run.images, [run.seeds[row % len(run.seeds)] for row in range(n)])
+        elif isinstance(self.segments, int):
+            labels = cells(sides, self.segments)[None]
         else:
-            labels = given(self.segments, run.settings.target.samples, run.rows, sides, run.images.device)
+            labels = given(self.segments, run.settings.target.samples, run.rows, sides)
         segments, counts = numbered(labels)
-        return segments.expand(n, *sides), counts * (n // len(counts))
+        return segments.to(run.images.device).expand(n, *sides), counts * (n // len(counts))
 
     def played(self, run: Run, coalitions: Sequence[Tensor], segments: Tensor, counts: Sequence[int]) -> Tensor:
         """The scores with some superpixels hidden, [rows, n, K].
@@ -102,15 +101,18 @@ class Segmented(Perturbing):
 
     def spread(self, run: Run, coefficients: Sequence[Tensor], segments: Tensor) -> Tensor:
         """Each pixel gets the coefficient of its superpixel, [n, K, ...]; they are [K, superpixels] for each image."""
-        maps = [values[:, labels] for values, labels in zip(coefficients, segments, strict=True)]
-        values = torch.stack(maps).to(run.images)
+        maps = [values.to(run.images)[:, labels] for values, labels in zip(coefficients, segments, strict=True)]
+        values = torch.stack(maps)
         run.tell(segments=segments[:, None].expand(values.shape))
         return values.unsqueeze(2) if run.images.dim() > 2 else values
 
 
-def exact(tensor: Tensor) -> Tensor:
-    """A copy for small systems of equations: float64, on the CPU (not every device has both)."""
-    return tensor.double() if tensor.is_meta else tensor.cpu().double()
+def exact(*tensors: Tensor) -> list[Tensor]:
+    """Copies for small systems of equations: float64, on the CPU (not every device has both), in one transfer."""
+    flat = torch.cat([tensor.flatten().to(tensors[0].dtype) for tensor in tensors])
+    sizes = [tensor.numel() for tensor in tensors]
+    parts: Sequence[Tensor] = torch.split((flat if flat.is_meta else flat.cpu()).double(), sizes)
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
 def least_squares(design: Tensor, values: Tensor, weights: Tensor, ridge: float = 0.0) -> Tensor:

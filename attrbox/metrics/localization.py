@@ -33,7 +33,7 @@ class Localization(Metric):
         """The score of one map, [h, w]; NaN where it is not defined.
 
         Args:
-            heatmap: the map.
+            heatmap: the map, on the CPU.
             mask: bool, true on the object.
             number: in [0, 1), from the sample's seed.
         """
@@ -41,24 +41,34 @@ class Localization(Metric):
     def measure(self, study: Study, outputs: Sequence[Tensor]) -> Mapping[str, Measurement]:
         if study.images.dim() != 4 or study.masks is None:
             raise InputError(f"Localisation needs images [N, C, H, W], got {list(study.images.shape)}.")
+        # Scores look at single pixels again and again: one transfer of all maps, not a look at the device for each.
+        heatmaps = torch.stack([maps.heatmap for maps in study.maps.values()]).cpu()
+        masks = _on_the_host(study.masks)
         numbers = study.numbers(_CHOICE, (1,), uniform=True)[:, 0].tolist()
+        scores = [
+            [
+                self.score(resized(heatmap, mask), mask, number)
+                for heatmap, mask, number in zip(one, masks, numbers, strict=True)
+            ]
+            for one in heatmaps
+        ]
+        groups = self.groups(study)
         return {
-            label: Measurement(
-                study.images.new_tensor(
-                    [
-                        self.score(resized(heatmap, mask), mask, number)
-                        for heatmap, mask, number in zip(maps.heatmap, study.masks, numbers, strict=True)
-                    ]
-                ),
-                groups=self.groups(study),
-            )
-            for label, maps in study.maps.items()
+            label: Measurement(study.images.new_tensor(values), groups=groups)
+            for label, values in zip(study.maps, scores, strict=True)
         }
 
     def groups(self, study: Study) -> Tensor | None:
         """What the mean is taken over first."""
         del study
         return None
+
+
+def _on_the_host(masks: Sequence[Tensor]) -> list[Tensor]:
+    """Masks of any sizes on the CPU, in one transfer."""
+    sizes = [mask.numel() for mask in masks]
+    parts: Sequence[Tensor] = torch.split(torch.cat([mask.flatten() for mask in masks]).cpu(), sizes)
+    return [part.view(mask.shape) for part, mask in zip(parts, masks, strict=True)]
 
 
 def resized(heatmap: Tensor, mask: Tensor) -> Tensor:

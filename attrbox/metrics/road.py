@@ -115,7 +115,8 @@ class Road(RankCurve):
         return study.images[:1]  # every image is imputed on its own; nothing is filled in
 
     def removed(self, study: Study, images: Tensor, taken: Tensor, fill: Tensor, rows: Tensor) -> Tensor:
-        imputed = torch.stack([impute(image, missing[0]) for image, missing in zip(images, taken, strict=True)])
+        pairs = zip(images.cpu(), taken.cpu(), strict=True)  # where the systems are solved: two transfers, not one each
+        imputed = torch.stack([impute(image, missing[0]) for image, missing in pairs]).to(images)
         if self.noise:
             noise = study.once(("noise of road",), lambda: study.numbers(_NOISE, images.shape[1:]))
             imputed = imputed + self.noise * taken * noise[rows]

@@ -30,7 +30,7 @@ from attrbox.methods.base import check, check_flag
 from attrbox.metrics.curves import check_fill
 from attrbox.metrics.figures import styles
 from attrbox.metrics.results import write_csv
-from attrbox.metrics.sources import Source, check_shapes, chunk, control_maps, defined_controls
+from attrbox.metrics.sources import Source, check_shapes, chunks, control_maps, defined_controls
 from attrbox.metrics.study import Maps
 from attrbox.metrics.training import ModelFactory, TrainFunction, accuracy, check_labelled, train
 from attrbox.perturbations import fill_images
@@ -274,7 +274,7 @@ class _Grid:
     def _maps(self, method: str, place: int, rows: slice, images: Tensor, seeds: Sequence[int]) -> Maps:
         if method in self._controls:
             return control_maps(self._controls[method], images, seeds)
-        return chunk(method, Source(self.maps[method][place]), rows, images)
+        return chunks({method: Source(self.maps[method][place])}, rows, images)[method]
 
     def _filling(self, images: Tensor, seeds: Sequence[int]) -> Tensor:
         if self.fill == "mean":  # of the training images: what a test image shows must not depend on itself

@@ -144,7 +144,7 @@ def _explained_by(source: Source, explainer: ExplainerLike) -> Source:
 
 
 def known_target(sources: Mapping[str, Source]) -> Tensor | None:
-    """The classes [N] that the maps are known to explain.
+    """The classes [N] that the maps are known to explain, on the CPU.
 
     Raises:
         InputError: they explain different ones, or a function, which only the caller has.
@@ -155,26 +155,35 @@ def known_target(sources: Mapping[str, Source]) -> Tensor | None:
     if not known:
         return None
     first, target = next(iter(known.items()))
+    found = target.cpu()
     for label, other in known.items():
-        if not torch.equal(other.cpu(), target.cpu()):
+        if other is not target and not torch.equal(other.cpu(), found):  # methods of one call share theirs
             raise InputError(f"{first!r} and {label!r} explain different targets. Evaluate them one by one.")
-    return target
+    return found
 
 
-def chunk(label: str, source: Source, rows: slice, images: Tensor) -> Maps:
-    """The maps of some samples, [n, C or 1, H, W], on the device and in the dtype of these.
+def chunks(sources: Mapping[str, Source], rows: slice, images: Tensor) -> dict[str, Maps]:
+    """The maps of some samples by label.
 
     Raises:
-        InputError: their shape is another, or they are not finite.
+        InputError: they are not finite.
     """
-    part = source.values[rows]
-    values = part.detach().to(images) if isinstance(part, Tensor) else torch.as_tensor(part).to(images)
-    if not bool(values.isfinite().all()):
-        bad = (~values.isfinite()).flatten(1).any(1).nonzero().flatten() + rows.start
+    found = {label: _chunk(source, rows, images) for label, source in sources.items()}
+    finite = [maps.values.isfinite().flatten(1).all(1) for maps in found.values()]
+    if not bool(torch.stack(finite).all()):  # one look at the device for all
+        label, fine = next((label, fine) for label, fine in zip(found, finite, strict=True) if not bool(fine.all()))
+        bad = (~fine).nonzero().flatten() + rows.start
         raise InputError(
             f"Expected finite maps, got NaN or infinity in those of {label!r}, samples {bad.tolist()[:10]}. Leave out "
             "these samples, or the method."
         )
+    return found
+
+
+def _chunk(source: Source, rows: slice, images: Tensor) -> Maps:
+    """The maps of some samples, [n, C or 1, H, W], on the device and in the dtype of these."""
+    part = source.values[rows]
+    values = part.detach().to(images) if isinstance(part, Tensor) else torch.as_tensor(part).to(images)
     if images.dim() > 2 and values.dim() == images.dim() - 1:
         values = values[:, None]
     return Maps(values, source.reduction if values.dim() > 2 else "sum", source.explainer)
