@@ -21,24 +21,35 @@ class _HasPlace(Protocol):
     def module(self) -> str: ...
     @property
     def call(self) -> int: ...
+    @property
+    def repeat(self) -> int: ...
 
 
 @dataclass(frozen=True, order=True)
 class Operated:
-    """One call of an operation: what, in which module (qualified name), in which call of that module."""
+    """One call of an operation; no two of one forward pass are equal.
+
+    Attributes:
+        operation: what ran.
+        module: qualified name of the innermost module that ran it.
+        call: zero-based index of this call among the module's calls in the forward pass.
+        repeat: zero-based index of this operation among those of its name in that call.
+    """
 
     operation: str
     module: str
     call: int
+    repeat: int = 0
 
     @classmethod
     def listed(cls, sites: Iterable[_HasPlace]) -> "tuple[Operated, ...]":
         """The same for sites of a tape."""
-        return tuple(cls(site.kind, site.module, site.call) for site in sites)
+        return tuple(cls(site.kind, site.module, site.call, site.repeat) for site in sites)
 
     def __str__(self) -> str:
+        number = f" {self.repeat + 1}" if self.repeat else ""
         again = f" (call {self.call})" if self.call else ""
-        return f"{self.operation} in {self.module or 'the model'}{again}"
+        return f"{self.operation}{number} in {self.module or 'the model'}{again}"
 
 
 _AMOUNTS = ("arriving", "leaving", "bias", "stabiliser", "clamp")

@@ -511,6 +511,84 @@ class TestTransfer:
         assert other.values.shape == (3, 3, 14, 14)
 
 
+class _Block(nn.Module):
+    """Two functional activations in one call, as in the ResNets for CIFAR."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(6, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x + self.b(F.relu(self.a(x))))
+
+
+class _Heads(nn.Module):
+    """Two heads with activations of their own: one target reaches half of the sites."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3)
+        self.heads = nn.ModuleList([nn.Conv2d(4, 1, 3) for _ in range(2)])
+        self.last = nn.Conv2d(1, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        return torch.stack([self.last(F.relu(head(x))).mean((1, 2, 3)) for head in self.heads], 1)
+
+
+class TestNames:
+    """Every operation has a name of its own, also where one module call runs several of a kind."""
+
+    def blocks(self) -> nn.Module:
+        torch.manual_seed(0)
+        block = _Block()  # which runs twice
+        ends = nn.Conv2d(6, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+        return nn.Sequential(nn.Conv2d(3, 6, 3), block, block, *ends).double().eval()
+
+    def test_each_site_has_its_own_rule_and_the_coverage_counts_them(self):
+        maps = learned(self.blocks())
+        names = [f"1:{call}:relu{repeat}" for call in (0, 1) for repeat in ("", "#2")]
+        assert sorted(maps.details["rules"].parameters) == sorted(names)
+        assert len(set(maps.coverage.rule)) == 4
+        assert [str(one) for one in maps.coverage.rule] == [
+            "relu in 1",
+            "relu 2 in 1",
+            "relu in 1 (call 1)",
+            "relu 2 in 1 (call 1)",
+        ]
+
+    def test_a_rule_gives_its_own_map_again_also_from_a_file(self, tmp_path):
+        maps = learned(self.blocks())
+        path = maps.details["rules"].save(tmp_path / "rules.safetensors")
+        for rules in (maps.details["rules"], path):
+            again = attrbox.explain(self.blocks(), X, "learned_transfer", learned=rules)
+            assert torch.equal(again.values, maps.values)
+
+    def test_a_rule_that_lacks_a_site_is_refused(self):
+        rules = learned(self.blocks()).details["rules"]
+        kept = {name: values for name, values in rules.parameters.items() if not name.endswith("#2")}
+        with pytest.raises(ModelError, match="lack 2 of the 4 non-linearities of this model, 1:0:relu#2"):
+            attrbox.explain(self.blocks(), X, "learned_transfer", learned=dataclasses.replace(rules, parameters=kept))
+
+    def test_targets_that_reach_different_sites(self):
+        torch.manual_seed(0)
+        model = _Heads().double().eval()
+        maps = learned(model, target=attrbox.classes([0, 1]))
+        rules = maps.details["rules"]
+        assert len(rules.parameters) == 3
+        again = attrbox.explain(model, X, "learned_transfer", learned=rules, target=attrbox.classes([0, 1]))
+        assert torch.equal(again.values, maps.values)
+
+    def test_operations_that_no_rule_treats_are_told_apart_too(self):
+        class Twice(nn.Module):
+            def forward(self, x: Tensor) -> Tensor:
+                return torch.erfinv(torch.erfinv(x.tanh() / 2).tanh() / 2).flatten(1)
+
+        coverage = attrbox.explain(Twice().eval(), X, "deeplift", target=0).coverage
+        assert [str(one) for one in coverage.unknown] == ["erfinv in the model", "erfinv 2 in the model"]
+        assert [str(one) for one in coverage.rule] == ["tanh in the model", "tanh 2 in the model"]
+
+
 class TestBadInput:
     @pytest.mark.parametrize(
         "options",

@@ -177,6 +177,7 @@ class Recorder(TorchFunctionMode):
         self._modules: list[tuple[str, int]] = [("", 0)]
         self._names = {id(module): name for name, module in model.named_modules()}
         self._calls: Counter[str] = Counter()
+        self._operations: Counter[tuple[str, str, int]] = Counter()  # how many ran so far: what, module, call
         self._thread = threading.get_ident()
 
     def stale(self) -> frozenset[int]:
@@ -230,12 +231,27 @@ class Recorder(TorchFunctionMode):
             self._follower.see(name_of(function), first)
 
     def _site(self, operation: Operation) -> Site:
-        module, call = self._modules[-1]
+        here = self._here(operation.kind)
         shapes = tuple(i.shape for i in operation.inputs)
-        index, kind = len(self.sites), operation.kind
-        site = Site(index, kind, module, call, operation.pure, operation.pull, operation.options, shapes)
+        site = Site(
+            len(self.sites),
+            operation.kind,
+            here.module,
+            here.call,
+            operation.pure,
+            operation.pull,
+            operation.options,
+            shapes,
+            here.repeat,
+        )
         self.sites.append(site)
         return site
+
+    def _here(self, operation: str) -> Operated:
+        """An operation that runs now, numbered within the running module's call."""
+        key = (operation, *self._modules[-1])
+        self._operations[key] += 1
+        return Operated(*key, self._operations[key] - 1)
 
     def _make_site(self, operation: Operation) -> Any:
         if _is_checkpointing():
@@ -310,7 +326,7 @@ class Recorder(TorchFunctionMode):
     def _note(self, known: Operation | Parts | None, function: Any, args: Any, kwargs: Any, result: Any) -> None:
         """Remember an operation that no rule touches, if it is not linear."""
         if known is not None:
-            self.passed.append(Operated(known.kind, *self._modules[-1]))
+            self.passed.append(self._here(known.kind))
             return
         first = _first(result)
         if is_activation(first):
@@ -323,7 +339,7 @@ class Recorder(TorchFunctionMode):
                 raise _drawn_windows(self.running)
         elif not (isinstance(first, Tensor) and is_decision(function) and args and is_activation(args[0])):
             return
-        self.unknown.append(Operated(name_of(function), *self._modules[-1]))
+        self.unknown.append(self._here(name_of(function)))
 
     def finish(self, output: Any) -> None:
         """After the forward pass: what went past the function mode, and layers that did not run.
@@ -351,7 +367,7 @@ class Recorder(TorchFunctionMode):
             layers[-1].options["last"] = True
         scores = unwrap(output)
         self._pairs.used([scores])
-        self.unknown.extend(_custom_functions(scores))
+        self.unknown.extend(map(self._here, _custom_functions(scores)))
 
     # ------------------------------------------------------------------------------------------- module names
 
@@ -455,9 +471,9 @@ def _first(result: Any) -> Any:
     return result[0] if isinstance(result, tuple | list) and result else result
 
 
-def _custom_functions(output: Tensor) -> list[Operated]:
+def _custom_functions(output: Tensor) -> list[str]:
     """Autograd functions of the model's own (checkpoints too): their insides are out of a function mode's sight."""
-    found: list[Operated] = []
+    found: list[str] = []
     seen: set[Any] = set()
     todo: list[Any] = [output.grad_fn]
     while todo:
@@ -468,5 +484,5 @@ def _custom_functions(output: Tensor) -> list[Operated]:
         todo.extend(following for following, _ in node.next_functions)
         name = type(node).__name__
         if isinstance(node, torch.autograd.function.BackwardCFunction) and name not in _OWN_FUNCTIONS:
-            found.append(Operated(name.removesuffix("Backward"), "", 0))
+            found.append(name.removesuffix("Backward"))
     return found

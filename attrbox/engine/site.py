@@ -43,7 +43,8 @@ class Site:
         index: position in the order of execution.
         kind: "relu", "gelu", "max_pool", "softmax", "product", ... (`attrbox.engine.site.KINDS`).
         module: qualified name of the innermost module that ran it; "" for the model itself.
-        call: how manieth call of that module in this forward pass, from 0.
+        call: zero-based index of this call among the module's calls in the forward pass.
+        repeat: zero-based index of this operation among those of its kind in that call.
         function: the operation without side effects, inputs -> output, other arguments bound.
         options: what else a rule may need: `dim` of a softmax, `pool` (input -> output, winners' positions) and `dims`
             of a max-pool, and whether its windows go `by_row` of the batch, `gates` of a product (for each factor,
@@ -68,6 +69,7 @@ class Site:
     pull: "Callable[[Site, Tensor], Gradients] | None" = None  # a faster true gradient than the general one
     options: dict[str, Any] = field(default_factory=dict)
     shapes: tuple[torch.Size, ...] = ()
+    repeat: int = 0
     rule: str = ""  # name of the rule that is being replayed, for messages; none for the true gradient
     saved_inputs: tuple[Tensor, ...] | None = None
     saved_output: Tensor | None = None
@@ -149,7 +151,16 @@ class Site:
     @property
     def where(self) -> str:
         """The site in words, for messages."""
-        return f"site {self.index}, {self.kind} in module {self.module or 'the model itself'!r}, call {self.call}"
+        number = f" {self.repeat + 1}" if self.repeat else ""
+        return (
+            f"site {self.index}, {self.kind}{number} in module {self.module or 'the model itself'!r}, call {self.call}"
+        )
+
+    @property
+    def name(self) -> str:
+        """The site's name in files, unique in a forward pass: "layer1.0:1:relu#2" is the second ReLU in the second
+        call of that module."""
+        return f"{self.module}:{self.call}:{self.kind}" + (f"#{self.repeat + 1}" if self.repeat else "")
 
     def with_tensors(
         self,

@@ -157,8 +157,8 @@ class Chunk:
     def _fastest(self, images: Tensor, function: Callable[[Tensor], T]) -> T:
         if isinstance(self.model, BlackBox):  # what it does with memory formats is not known
             images = images.contiguous()
-        elif self.settings.channels_last and images.dim() == 4:
-            images = images.contiguous(memory_format=torch.channels_last)
+        elif self.settings.channels_last:
+            images = in_channels_last(images)
         with self.autocast():
             return self._unwatched.run(images, function)
 
@@ -169,3 +169,8 @@ class Chunk:
                 "axis: images[None] for a single one."
             )
         return output
+
+
+def in_channels_last(images: Tensor) -> Tensor:
+    """Images [n, C, H, W] in the memory format channels_last; others as they are."""
+    return images.contiguous(memory_format=torch.channels_last) if images.dim() == 4 else images

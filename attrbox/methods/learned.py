@@ -89,12 +89,15 @@ def _final_masks(method: Learned, values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _kept(method: Learned, found: list[list[Learnt]]) -> LearnedRules:
-    """Parameters of all targets and restarts, [n, K, R, ...]; a site that one target does not reach is left out."""
-    shared = [name for name in found[0][0].parameters if all(name in one.parameters for row in found for one in row)]
+    """Parameters of all targets and restarts, [n, K, R, ...]; zeros, which nothing reads, where a target does not
+    reach a site."""
+    like = {name: values for row in found for one in row for name, values in one.parameters.items()}
     return LearnedRules(
         {
-            name: torch.stack([torch.stack([one.parameters[name] for one in row], 1) for row in found], 1)
-            for name in shared
+            name: torch.stack(
+                [torch.stack([one.parameters.get(name, torch.zeros_like(some)) for one in row], 1) for row in found], 1
+            )
+            for name, some in like.items()
         },
         {
             "plugin": method.plugin,
@@ -103,6 +106,7 @@ def _kept(method: Learned, found: list[list[Learnt]]) -> LearnedRules:
             "reference": method.reference,
             "sigma": method.generator.sigma,
             "region": method.region,
+            "modules": method.modules,
         },
     )
 

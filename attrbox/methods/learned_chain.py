@@ -14,6 +14,7 @@ from attrbox.engine.site import Site
 from attrbox.engine.tape import Tape, record
 from attrbox.errors import ModelError, OptionError
 from attrbox.methods.base import Method
+from attrbox.methods.chunk import in_channels_last
 from attrbox.methods.run import Run
 from attrbox.perturbations import gaussian_blur, need_images
 from attrbox.rules.deeplift import DeepLift
@@ -112,7 +113,7 @@ def regions(run: Run, sigma: float) -> list[Tensor | None]:
     need_images(run.images, "A region (region > 0)")
     rule = DeepLift()
     with run.autocast():
-        tape = record(run.model, run.images, [rule])
+        tape = record(run.model, in_channels_last(run.images), [rule])
         reference = tape.record_reference(run.baseline(0.0))
         scores = run.settings.target.score(run.output(tape), run.indices)
         gradients = [tape.replay(scores[:, k], [tape.images], rule, reference=reference)[0] for k in targets]

@@ -8,16 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attrbox.engine.site import Site
 from attrbox.errors import InputError, OptionError
 from attrbox.tensorfiles import read_tensors, write_tensors
 
 _KIND = "learned rules"
-
-
-def site_name(site: Site) -> str:
-    """A site as learned rules name it: "layer1.0.relu:1:relu" is the second call of that module."""
-    return f"{site.module}:{site.call}:{site.kind}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,8 +19,9 @@ class LearnedRules:
     """The parameters of learned rules, one rule per sample and target.
 
     Attributes:
-        parameters: site -> W, [N, K, R, ...], for N samples, K targets and R restarts.
-        settings: `plugin`, `kernel`, `feature` and `reference`, without which the parameters mean nothing.
+        parameters: name of a site (`Site.name`) -> W, [N, K, R, ...], for N samples, K targets and R restarts.
+        settings: `plugin`, `kernel`, `feature`, `reference`, ..., without which the parameters mean nothing, and the
+            pattern `modules` of where they were learned.
     """
 
     parameters: Mapping[str, Tensor]

@@ -11,7 +11,7 @@ from attrbox.engine.tape import Tape
 from attrbox.errors import ModelError, OptionError
 from attrbox.methods.base import REQUIRED, option, register_method
 from attrbox.methods.learned_chain import Propagating, chained, prepared, regions
-from attrbox.methods.learned_rules import as_rules, site_name
+from attrbox.methods.learned_rules import as_rules
 from attrbox.methods.run import Run
 from attrbox.rules.learned import LearnedRule, plugins
 
@@ -46,7 +46,7 @@ class LearnedTransfer(Propagating):
     def attribute(self, run: Run) -> Tensor:
         maps = []
         for k, region in enumerate(regions(run, self.learned.settings["region"])):
-            tape, rule, sites, reference = prepared(self.plugged, "*", run, k)
+            tape, rule, sites, reference = prepared(self.plugged, self.learned.settings.get("modules"), run, k)
             parameters = self._parameters(run, sites, k)
             restarts = next(iter(parameters.values())).shape[1]
             found = []
@@ -57,7 +57,7 @@ class LearnedTransfer(Propagating):
         return torch.stack(maps, 1)
 
     def learned_at(self, tape: Tape) -> list[Site]:
-        return [site for site in tape.sites if site_name(site) in self.learned.parameters]
+        return [site for site in tape.sites if site.name in self.learned.parameters]
 
     def _parameters(self, run: Run, sites: list[Site], k: int) -> dict[int, Tensor]:
         """Parameters by site, [1 or n, R, ...]."""
@@ -67,11 +67,17 @@ class LearnedTransfer(Propagating):
                 f"Expected one learned rule, or one per image, {total} in all, got {len(learned)}. "
                 "Choose some with rules[[0, 3]], or take their mean with rules.average()."
             )
-        by_name = {site_name(site): site.index for site in sites}
+        by_name = {site.name: site.index for site in sites}
         if unknown := sorted(set(learned.parameters) - set(by_name)):
             raise ModelError(
                 f"The learned rules belong to another model: it has no non-linearity {', '.join(unknown[:3])}. "
                 f"It has {', '.join(list(by_name)[:3])}, ..."
+            )
+        if missing := sorted(set(by_name) - set(learned.parameters)):
+            raise ModelError(
+                f"The learned rules lack {len(missing)} of the {len(by_name)} non-linearities of this model, "
+                f"{', '.join(missing[:3])}, so they would make another map than the one that they were learned with. "
+                "Learn them anew, for this model and these targets."
             )
         rows = slice(None) if len(learned) == 1 else run.rows
         targets = next(iter(learned.parameters.values())).shape[1]

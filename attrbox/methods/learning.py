@@ -18,8 +18,8 @@ from attrbox.engine.tape import Tape
 from attrbox.errors import OptionError
 from attrbox.masks import MaskGenerator, masks
 from attrbox.methods.base import check, check_choice, check_count, check_flag, check_number, option
+from attrbox.methods.chunk import in_channels_last
 from attrbox.methods.learned_chain import Propagating, chained, channel_sum, prepared, recorded, sites_within, weighed
-from attrbox.methods.learned_rules import site_name
 from attrbox.methods.run import Run
 from attrbox.perturbations import fill_images
 from attrbox.rules.learned import LearnedRule, plugins
@@ -184,10 +184,10 @@ def learn(method: Learning, run: Run, region: Tensor | None, k: int, restart: in
                 losses[:, step + 1 :] = torch.nan
                 break
         with part("double backward"):
-            gradients = torch.autograd.grad(surrogate, leaves)
+            adam.zero_grad()
+            # `backward` gives each gradient the memory layout of its parameter; fused optimizers walk both as one.
+            torch.autograd.backward(surrogate, inputs=leaves)
         held = None if all_alive else [leaf.detach()[~alive] for leaf in leaves]
-        for leaf, gradient in zip(leaves, gradients, strict=True):
-            leaf.grad = gradient
         if method.decay:
             adam.param_groups[0]["lr"] = method.lr * (1 + math.cos(math.pi * step / method.iterations)) / 2
         with part("optimiser"):
@@ -200,7 +200,7 @@ def learn(method: Learning, run: Run, region: Tensor | None, k: int, restart: in
     for leaf in leaves:
         leaf.requires_grad_(False)
     values = chained(run, tape, rule, reference, k, generator.sigma, region)
-    names = {index: site_name(tape.sites[index]) for index in parameters}
+    names = {index: tape.sites[index].name for index in parameters}
     learnt = {names[index]: leaf.detach() for index, leaf in parameters.items()}
     return Learnt(values, losses, iterations, failed, learnt)
 
@@ -245,7 +245,7 @@ class _Game:
             taken = taken.detach().unsqueeze(1) if images.dim() > 2 else taken.detach()
             changes = change.repeat(2, *(1,) * (change.dim() - 1)) if both else change
             originals = images.repeat(2, *(1,) * (images.dim() - 1)) if both else images
-            masked = torch.addcmul(originals, taken, changes)
+            masked = in_channels_last(torch.addcmul(originals, taken, changes))
         scores, gradients = self._passes(masked)
         slopes = channel_sum(gradients * changes)  # of the score with respect to what is taken
         n = len(images)

@@ -1,6 +1,5 @@
 """PatternNet and PatternAttribution, and the patterns that they propagate: fitted once per model by `fit_patterns`."""
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,19 +21,11 @@ _PATTERNS = "Patterns (attrbox.fit_patterns(model, images)), or the path where t
 
 
 class LayerNames:
-    """Layers of a recorded pass as patterns name them: "layer1.0.conv1:1:convolution" is that module's second call.
-
-    What runs again in one call is numbered, "...#2", and a batch-norm that belongs to the layer is named, "...+norm".
-    """
+    """Layers of a recorded pass as patterns name them: by `Site.name`, with "+norm" behind it if a batch-norm is
+    joined to the layer."""
 
     def __init__(self, tape: Tape) -> None:
-        self._names: dict[int, str] = {}
-        calls: Counter[str] = Counter()
-        for site in tape.sites:
-            if site.kind in LAYERS:
-                name = f"{site.module}:{site.call}:{site.kind}"
-                calls[name] += 1
-                self._names[site.index] = name if calls[name] == 1 else f"{name}#{calls[name]}"
+        self._names = {site.index: site.name for site in tape.sites if site.kind in LAYERS}
 
     def __getitem__(self, site: Site) -> str:
         return self._names[site.index] + ("+norm" if site.options["joined"] else "")

@@ -9,7 +9,7 @@ from attrbox.engine.recorder import Reference, forward
 from attrbox.engine.site import Rule
 from attrbox.engine.tape import Tape, record
 from attrbox.methods.base import identity
-from attrbox.methods.chunk import Chunk, Settings
+from attrbox.methods.chunk import Chunk, Settings, in_channels_last
 from attrbox.targets import unwrap
 
 
@@ -181,13 +181,14 @@ class Recorded(Chunk):
         return self.once(("baseline_scores", identity(baseline)), compute)
 
     def recording(self, rule: Rule, key: object) -> Tape:
-        """A recorded pass of its own for a rule whose replays are differentiated; one for all with the same `key`."""
+        """A recorded pass of its own for a rule whose replays are differentiated; one for all with the same `key`.
+
+        Always in the memory format channels_last, whatever the call says and the images are: iterations amplify the
+        rounding in which formats differ, and a map must not depend on an option for speed.
+        """
 
         def compute() -> Tape:
-            images = self.images
-            if self.settings.channels_last and images.dim() == 4:
-                images = images.contiguous(memory_format=torch.channels_last)
             with self.autocast():
-                return record(self.model, images, [rule], twice=True)
+                return record(self.model, in_channels_last(self.images), [rule], twice=True)
 
         return self.once(("recording", key), compute)

@@ -71,7 +71,7 @@ class _Audited(Rule):
             amounts = torch.stack([arriving, leaving, bias, stabiliser, clamp])
             # A layer whose output is used past its batch-norm is visited twice.
             _, before = self.found.get(site.index, (None, torch.zeros_like(amounts)))
-            self.found[site.index] = Operated(site.kind, site.module, site.call), before + amounts
+            self.found[site.index] = Operated.listed([site])[0], before + amounts
         return result
 
 

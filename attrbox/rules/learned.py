@@ -67,7 +67,8 @@ class _Hadamard(torch.autograd.Function):
         grad_output, multiplier, difference = ctx.saved_tensors
         upper, own = None, None
         if ctx.needs_input_grad[1]:
-            through = torch.mul(grad, grad_output).mul_(difference)
+            through = torch.empty_like(difference)  # in the memory layout of the parameters
+            torch.mul(grad, grad_output, out=through).mul_(difference)
             own = torch.ops.aten.tanh_backward.grad_input(through, multiplier, grad_input=through)
             own = own.sum_to_size(ctx.shape)
         if ctx.needs_input_grad[0]:
