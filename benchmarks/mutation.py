@@ -97,9 +97,9 @@ TRANSPARENT = frozenset(
     "flip sqrt square copy casefold lower strip item exp log movedim transpose requires_grad_ sum_to_size".split()
 )
 CHOOSING = frozenset("max min sorted abs int float reversed".split())
-# Arguments of words, of looks, and checks of what holds anyway.
+# Arguments that are words or manners, and checks of what holds anyway.
 UNTESTED_ARGUMENTS = frozenset(
-    "strict stacklevel help summary reference units desc leave delay encoding description".split()
+    "strict stacklevel help summary reference units desc leave delay encoding description frozen kw_only repr".split()
 )
 
 
@@ -543,7 +543,7 @@ def main() -> None:
     parser.add_argument("--sample", type=int, default=200, help="mutants")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--budget", type=float, default=30, help="seconds of tests for a mutant that none of them kills"
+        "--budget", type=float, default=20, help="seconds of tests for a mutant that none of them kills"
     )
     parser.add_argument("--minutes", type=float, default=600, help="begin no other mutant after so long")
     parser.add_argument("--keys", nargs="*", default=[], help="these mutants again, as report names them")
