@@ -398,31 +398,35 @@ class Tests:
 
     def __init__(self, out: Path) -> None:
         self._of: dict[str, list[Test]] = defaultdict(list)
+        self._sizes: Counter[str] = Counter()
         for record in read(out / "tests.jsonl"):
             for name, one in record["tests"].items():
                 if one.get("unfit") or not (ROOT / record["file"]).exists():
                     continue
+                self._sizes[record["file"]] += 1
                 test = Test(name, record["file"], name.split("[")[0], one["seconds"])
                 called = {*record["imported"], *one["calls"]}
                 for function in called | {call.split("::")[0] for call in called}:
                     self._of[function].append(test)
 
     def of(self, mutant: Mutant, budget: float) -> list[list[Test]]:
-        """The tests of a mutant, in two batches: the quickest of the files that call it most, then others."""
+        """The tests of a mutant, in two batches: the quickest of the files that are about it, then one of each kind
+        after the other."""
         scope = mutant.scope
         while scope and f"{mutant.path}::{scope}" not in self._of:
             scope = scope.rpartition(".")[0]
         found = self._of.get(f"{mutant.path}::{scope}" if scope else mutant.path, [])
+        found = sorted(found, key=lambda test: test.seconds)
+        stem = Path(mutant.path).stem
+        counts = Counter(test.file for test in found)
+        about = sorted(counts, key=lambda file: (stem not in file, -(counts[file] ** 2) / self._sizes[file]))[:3]
+        first = _within([test for test in found if test.file in about], budget / 4)
         rank: Counter[str] = Counter()
         ranked = []
-        for test in sorted(found, key=lambda test: test.seconds):
+        for test in found:
             ranked.append((rank[test.kind], test.seconds, test))
             rank[test.kind] += 1
         ordered = [test for _, _, test in sorted(ranked, key=lambda one: one[:2])]
-        stem = Path(mutant.path).stem
-        counts = Counter(test.file for test in found)
-        nearest = sorted(counts, key=lambda file: (stem not in file, -counts[file]))[:3]
-        first = _within([test for test in ordered if test.file in nearest], budget / 6)
         rest = _within([test for test in ordered if test not in set(first)], budget)
         return [batch for batch in (first, rest) if batch]
 
