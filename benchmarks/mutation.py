@@ -17,6 +17,7 @@ import builtins
 import contextlib
 import copy
 import difflib
+import gc
 import hashlib
 import importlib
 import json
@@ -40,7 +41,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PRELOADED = (
     "torch torchvision numpy scipy.ndimage scipy.stats h5py tqdm matplotlib.pyplot PIL.Image typer.testing rich "
-    "safetensors.torch skimage.segmentation captum.attr zennit torch.utils.data torch.fx"
+    "safetensors.torch skimage.segmentation captum.attr zennit hypothesis.strategies torch.utils.data torch.fx"
 ).split()
 
 # --------------------------------------------------------------------------------------------------------- mutants
@@ -258,6 +259,7 @@ def preload() -> None:
         with contextlib.suppress(ImportError), warnings.catch_warnings(action="ignore"):
             importlib.import_module(name)
     sys.modules["torch"].set_num_threads(1)
+    gc.freeze()  # collecting in a fork need not go through all of them
 
 
 class Watch:
@@ -335,7 +337,8 @@ def forked(work: Callable[[], Any], folder: Path, seconds: float) -> Any:
 
 
 def pytest_run(watch: Watch, arguments: list[str]) -> int:
-    return int(pytest.main(["-q", "-p", "no:cacheprovider", "-p", "no:xdist", *arguments], plugins=[watch]))
+    options = "-q -p no:cacheprovider -p no:xdist -p no:hypothesispytest -W ignore::pytest.PytestAssertRewriteWarning"
+    return int(pytest.main([*options.split(), *arguments], plugins=[watch]))
 
 
 # --------------------------------------------------------------------------------------------------------------- map
@@ -454,6 +457,8 @@ def run(out: Path, paths: list[str], sample: int, seed: int, budget: float, minu
         chosen = [mutant for mutant in every[:sample] if mutant.key not in done]
         if keys:
             chosen = [mutant for mutant in every if mutant.key in keys]
+        sys.dont_write_bytecode = False
+        forked(lambda: pytest_run(Watch([], set()), ["--collect-only", "tests"]), folder, 600)  # compiles once for all
         sys.dont_write_bytecode = True
         for number, mutant in enumerate(chosen):
             if time.monotonic() > end:

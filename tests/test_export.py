@@ -239,6 +239,12 @@ def test_a_truncated_file_is_refused(path):
 # ------------------------------------------------------------------------------------------------------------ failures
 
 
+def test_a_batch_of_which_nothing_can_be_read(path):
+    summary = export(path, Pairs(pictures(12), broken=range(4, 8)))
+    assert set(summary.failed) == {"4", "5", "6", "7"}
+    assert all(count == 8 for count in summary.done.values())
+
+
 def test_what_fails_is_recorded_and_the_rest_goes_on(path):
     images = pictures()
     images[7, 0, 0, 0] = float("nan")

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 import attrbox
 from attrbox.errors import InputError, OptimisationWarning, OptionError
-from attrbox.masks import SmoothMax, area_loss, circles, smoothing, stretched, total_variation, upsampling
+from attrbox.masks import SmoothMax, area_loss, circles, masks, smoothing, stretched, total_variation, upsampling
 from attrbox.methods.mask import RADII, _shifted
-from attrbox.perturbations import Pyramid, gaussian_blur
+from attrbox.perturbations import Pyramid, fill_images, gaussian_blur
 
 
 class Linear(nn.Module):
@@ -130,6 +130,15 @@ class TestMask:
 
 
 class TestParts:
+    def test_the_longer_side_is_one_of_the_image(self):
+        """However many images and channels there are."""
+        x = images(30, 20, 6, 4)
+        torch.testing.assert_close(fill_images(x, "blur", lambda: x), gaussian_blur(x, 0.3))
+        maps = images(30, 6, 4)
+        smoothed = masks["gaussian"].make(sigma=0.1).smoothed(maps)
+        torch.testing.assert_close(smoothed, gaussian_blur(maps, 0.6))
+        assert masks["gaussian"].make(sigma=0.0).smoothed(maps) is maps
+
     def test_total_variation(self):
         m = images(2, 4, 5).abs()
         expected = torch.zeros(2, dtype=torch.float64)

@@ -147,6 +147,10 @@ def test_mosaics_show_confident_images_of_different_classes():
     again, other = (mosaics(Brightness().eval(), x, labels, grid=2, count=20, seed=s) for s in (3, 4))
     assert torch.equal(again.images, built.images)
     assert not torch.equal(other.images, built.images)
+    five = plain_images(*means[:4], 0.5, 0.6)  # more classes than cells
+    many = mosaics(Brightness().eval(), five, torch.arange(1, 7), grid=2, count=30)
+    assert many.sources.shape == (30, 4)
+    assert set(many.sources.flatten().tolist()) == set(range(6))
     small = mosaics(Brightness().eval(), x, labels, grid=2, count=2, shrink=True)
     assert small.images.shape == (8, 1, 6, 4)
     maps = built.masks.double() - 0.1
@@ -163,7 +167,12 @@ def test_mosaics_need_enough_classes():
         mosaics(Brightness().eval(), x, labels, grid=2)
     with pytest.raises(InputError, match="one label each"):
         mosaics(Brightness().eval(), x, labels[:3])
-    for options, message in (({"grid": 1}, "2 x 2"), ({"count": 0}, "count"), ({"confidence": 2}, "confidence")):
+    for options, message in (
+        ({"grid": 1}, "2 x 2"),
+        ({"grid": 2.5}, "grid"),
+        ({"count": 0}, "count"),
+        ({"confidence": 2}, "confidence"),
+    ):
         with pytest.raises(OptionError, match=message):
             mosaics(Brightness().eval(), x, labels, **options)
 

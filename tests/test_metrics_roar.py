@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import attrbox
 from attrbox.errors import FileError, InputError, ModelError, OptionError, TrainingError
 from attrbox.metrics.roar import WHOLE, Cell, Roar
 from attrbox.metrics.training import Trainer, accuracy, train, train_on_permuted_labels
+from attrbox.seeds import mixed
 
 QUICK = Trainer(epochs=15, batch_size=100, learning_rate=0.1, weight_decay=0.0)
 
@@ -196,6 +198,42 @@ def test_training_depends_on_the_seed_alone():
     assert not first.training
     slower = train(net, x, labels, Trainer(epochs=1, batch_size=7, learning_rate=1e-5), seed=0)
     assert not torch.equal(first[1].weight, slower[1].weight)
+
+
+def test_steps_of_the_trainer_by_hand():
+    """AdamW, its learning rate along one cycle: half a cosine up for three tenths of the steps, another one down."""
+    x, labels = TRAIN[0][:50], TRAIN[1][:50]
+    trainer = Trainer(epochs=3, batch_size=16, learning_rate=0.02, weight_decay=0.1, label_smoothing=0.2)
+    found = train(linear, x, labels, trainer, seed=4)[1]
+    with torch.random.fork_rng():
+        torch.manual_seed(mixed(4, 1))
+        model = linear()
+    weights = [parameter.detach().double().requires_grad_() for parameter in model.parameters()]
+    moments = [[torch.zeros_like(weight) for weight in weights] for _ in range(2)]
+    steps = 3 * 4
+    top = 0.3 * (steps + 1) - 1  # the step with the largest rate
+    generator = torch.Generator().manual_seed(mixed(4, 0))
+    step = 0
+    for _ in range(3):
+        for rows in torch.split(torch.randperm(50, generator=generator), 16):
+            start, end, share = (
+                (1 / 25, 1, step / top) if step <= top else (1, 1 / 25 / 1e4, (step - top) / (steps - top))
+            )
+            rate = 0.02 * (end + (start - end) * (1 + math.cos(math.pi * share)) / 2)
+            outputs = (x[rows].double().flatten(1) @ weights[0].T + weights[1]).log_softmax(1)
+            right = outputs.gather(1, labels[rows, None])[:, 0]
+            loss = -(0.8 * right + 0.2 * outputs.mean(1)).mean()
+            step += 1
+            for place, (weight, slope) in enumerate(zip(weights, torch.autograd.grad(loss, weights), strict=True)):
+                first, second = moments[0][place], moments[1][place]
+                first.mul_(0.9).add_(slope, alpha=0.1)
+                second.mul_(0.999).addcmul_(slope, slope, value=0.001)
+                with torch.no_grad():
+                    weight *= 1 - rate * 0.1
+                    scale = (second / (1 - 0.999**step)).sqrt() + 1e-8
+                    weight -= rate / (1 - 0.9**step) * first / scale
+    torch.testing.assert_close(found.weight.double(), weights[0], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found.bias.double(), weights[1], rtol=1e-4, atol=1e-6)
 
 
 def test_options_of_the_trainer_do_what_they_say():

@@ -193,6 +193,13 @@ def test_parameters_without_an_initialisation_keep_their_spread():
     randomize(module, 0)
     assert not torch.equal(module.weight, before)
     assert module.weight.std().item() == pytest.approx(5, rel=0.2)
+    for start in (torch.tensor([7.0]), torch.zeros(1), torch.ones(400)):  # which have none: their size, or 1
+        module.weight = nn.Parameter(start.clone())
+        randomize(module, 0)
+        assert module.weight.isfinite().all()
+        assert not torch.equal(module.weight, start)
+        if len(start) > 1:
+            assert module.weight.std().item() == pytest.approx(1, rel=0.2)
 
 
 def test_refusals():

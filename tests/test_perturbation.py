@@ -223,6 +223,10 @@ def test_kernel_shap_by_sampling():
         errors[samples] = (maps.values[0] - shapley).abs().max().item()
     assert errors[2000] < 0.08
     assert errors[200] < 0.5
+    few = torch.ones(1, 4, dtype=torch.float64)
+    for samples in range(2, 20):  # of the 14 coalitions that are neither none nor all of four
+        maps = explain(linear, few, "kernel_shap", target=0, segments=torch.arange(4), samples=samples)
+        assert maps.details["exact"].item() == (samples >= 14)
     complete = explain(box, x, "kernel_shap", target=0, segments=torch.arange(14), samples=2**14)
     torch.testing.assert_close(complete.values[0], shapley)
 

@@ -143,6 +143,24 @@ def test_out_of_memory_backs_off_to_the_same_maps(method, most):
     torch.testing.assert_close(maps.values, attrbox.explain(relu_net(), X, method, progress=False).values)
 
 
+@pytest.mark.parametrize("method", ["integrated_gradients", "smoothgrad", "vargrad", "rise", "occlusion", "lime"])
+def test_passes_smaller_than_the_chunk(method):
+    """Memory that runs out after the chunk's own forward pass: a pass takes fewer images than the chunk has."""
+    model = relu_net()
+
+    class Filling(Limited):
+        def forward(self, x):
+            if len(self.batches) > 1:
+                self.most = 1
+            return super().forward(x)
+
+    options = FAST.get(method, {}) | {"progress": False, "batch_size": 4, "target": 1}
+    filling = Filling(model, 4)
+    maps = attrbox.explain(filling, X, method, **options)
+    assert filling.batches[-1] == 1
+    torch.testing.assert_close(maps.values, attrbox.explain(model, X, method, **options).values)
+
+
 def test_not_even_one_image():
     with pytest.raises(OutOfMemoryError, match="Not even one image"):
         attrbox.explain(Limited(relu_net(), 0), X, "saliency", progress=False)
