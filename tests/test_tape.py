@@ -2,6 +2,7 @@
 
 import gc
 import threading
+import warnings
 import weakref
 
 import pytest
@@ -204,13 +205,24 @@ def test_another_model_in_another_thread_is_not_mixed_in():
     assert [(site.module, site.call) for site in tape.sites] == [("inner.1", 0), ("inner.3", 0), ("inner.7", 0)]
 
 
+def deprecated(x: Tensor) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.addcmul(x, 0.5, x, x)  # a number where the first factor is now
+
+
 @pytest.mark.parametrize(
     ("middle", "unknown"),
     [
+        (deprecated, ["addcmul"]),
         (lambda x: x.atan().sinh(), ["atan", "sinh"]),
         (lambda x: x.sort(2)[0], ["sort"]),
         (lambda x: (x * x + 1) ** x, ["pow"]),
-        (lambda x: torch.einsum("nchw,nchw,nchw->nchw", x, x, x), ["einsum"]),
+        (lambda x: torch.matrix_power(x, 2), ["matrix_power"]),
+        (
+            lambda x: F.grid_sample(x.detach() * 0 + 1, x[:, :2].permute(0, 2, 3, 1), align_corners=False),
+            ["detach", "grid_sample"],
+        ),
         (lambda x: torch.linalg.vector_norm(x, 3, 1, True) * torch.ones_like(x), ["linalg_vector_norm"]),
         (lambda x: x * (x > 0), ["gt"]),
         (lambda x: torch.where(x > 0, x, 0.1 * x), ["gt"]),
@@ -222,6 +234,8 @@ def test_another_model_in_another_thread_is_not_mixed_in():
         (lambda x: torch.cat([x, -x], 1).chunk(2, 1)[0] @ torch.ones(8, 8, dtype=x.dtype), []),
         (lambda x: F.interpolate(F.avg_pool2d(F.pad(x, (1, 1, 1, 1)), 2), scale_factor=2.0).transpose(2, 3), []),
         (lambda x: F.dropout(x, 0.5, training=False), []),
+        (lambda x: F.grid_sample(x, torch.zeros(3, 8, 8, 2, dtype=x.dtype), align_corners=False), []),
+        (lambda x: torch.lerp(x, -x, 0.3).addcmul(x, torch.ones_like(x), value=2).addcdiv(x, torch.ones_like(x)), []),
         (lambda x: x.view(3, 4, -1).permute(0, 2, 1).reshape(3, 8, 8, 4).permute(0, 3, 1, 2), []),
     ],
 )

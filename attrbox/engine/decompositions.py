@@ -6,31 +6,17 @@ to the recorder one by one. Those whose code is not Python are written out here.
 
 import math
 import types
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attrbox.engine.dependent import DEPENDENT
 from attrbox.engine.elementwise import spellings
 from attrbox.engine.linearity import argument, flat, is_activation
-from attrbox.engine.operation import Function
-from attrbox.engine.site import LAYERS
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What a function is made of: `kinds` of sites in it, `run` to run them; `kind` names the function as a whole.
-
-    `accepts` says for which positional and keyword arguments that is so.
-    """
-
-    kind: str
-    kinds: frozenset[str]
-    run: Function
-    accepts: Callable[[tuple[Any, ...], dict[str, Any]], bool] = lambda args, kwargs: True
+from attrbox.engine.operation import Function, Parts
 
 
 def parts_of(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Parts | None:
@@ -252,14 +238,10 @@ def _recurrent(cell: Function, states: int) -> Function:
 
 
 def _table() -> dict[Function, Parts]:
-    table: dict[Function, Parts] = {}
+    table = dict(DEPENDENT)
 
-    def enter(kinds: str, run: Function, *spelt: Function, accepts: Any = Parts.accepts) -> None:
-        inside = frozenset(kinds.split())
-        named = inside - LAYERS
-        whole = next(iter(named)) if len(named) == 1 else spelt[0].__name__
-        for function in spelt:
-            table[function] = Parts(whole, inside, run, accepts)
+    def enter(kinds: str, run: Function, *spelt: Function, accepts: Any = None) -> None:
+        table.update(dict.fromkeys(spelt, Parts.of(kinds, run, spelt[0], accepts)))
 
     def open_up(kinds: str, *functions: Any) -> None:
         for function in functions:

@@ -1,6 +1,7 @@
 """Convolutions, linear layers and batch-norms as sites, for rules that treat their weights.
 
-They become sites only if a rule of the recording asks for their kinds. An evaluation-mode batch-norm behind one belongs
+They become sites only if a rule of the recording asks for their kinds. A product with a constant matrix, x @ w, is a
+linear layer, and so is addmm with a constant vector. An evaluation-mode batch-norm behind one belongs
 to it:
 
     bn(conv(x; w, b)) = conv(x; w s, b s + t)
@@ -23,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attrbox.engine.batch_norm import SPELLINGS, batch_norm_of
+from attrbox.engine.elementwise import spellings
 from attrbox.engine.linearity import argument, is_activation
 from attrbox.engine.operation import Function, Operation
 from attrbox.engine.site import Site
@@ -32,12 +34,16 @@ _KINDS: dict[Function, str] = {
     **dict.fromkeys((torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d), "convolution"),
     F.linear: "linear",
 }
+_MATRIX_PRODUCTS = frozenset({*spellings("matmul", "mm"), Tensor.__matmul__, torch.linalg.matmul})
+_ADDMM = frozenset({torch.addmm, Tensor.addmm})
 
 
 def layer_of(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operation | None:
     """The layer behind an intercepted call: an activation, a constant weight, a constant bias or none."""
     if function in SPELLINGS:
         return _batch_norm(function, args, kwargs)
+    if function in _MATRIX_PRODUCTS or function in _ADDMM:
+        return _matrix_product(function, args, kwargs)
     kind = _KINDS.get(function)
     if kind is None:
         return None
@@ -70,6 +76,20 @@ def _batch_norm(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any
         return scaled if bias is None else scaled + bias.view(channels)
 
     return _layer("batch_norm", x, _with_input(function, args, kwargs), apply, *affine)
+
+
+def _matrix_product(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operation | None:
+    """x @ w with a constant matrix w, or addmm(b, x, w) with a constant vector b: a linear layer."""
+    names = ("input", "mat1", "mat2") if function in _ADDMM else ("input", "other")
+    *addends, x, matrix = (argument(args, kwargs, place, name, None) for place, name in enumerate(names))
+    options = {name: value for name, value in kwargs.items() if name not in names}
+    fits = isinstance(matrix, Tensor) and matrix.dim() == 2 and is_activation(x) and x.dim() > 1
+    if not fits or any(map(is_activation, (matrix, *addends))) or not set(options) <= {"beta", "alpha"}:
+        return None
+    beta, alpha = options.get("beta", 1), options.get("alpha", 1)
+    weight = matrix.mT if alpha == 1 else alpha * matrix.mT
+    bias = beta * addends[0].expand(1, len(weight))[0] if addends and beta else None
+    return _layer("linear", x, lambda x: function(*addends, x, matrix, **options), F.linear, weight, bias)
 
 
 def _with_input(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Function:

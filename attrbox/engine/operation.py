@@ -1,4 +1,4 @@
-"""What an intercepted call is to the engine: an `Operation`, and how the readers of calls take arguments apart."""
+"""What an intercepted call is to the engine: an `Operation`, or `Parts`; and how readers take arguments apart."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from attrbox.engine.linearity import argument, is_activation
-from attrbox.engine.site import Gradients, Site
+from attrbox.engine.site import LAYERS, Gradients, Site
 
 Function = Callable[..., Any]
 
@@ -24,6 +24,32 @@ class Operation:
     pull: Callable[[Site, Tensor], Gradients] | None = None  # true gradient without running `pure` again
     pulls_from: str = "output"  # what `pull` reads
     options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a function is made of: `kinds` of sites in it, `run` to run them; `kind` names the function as a whole.
+
+    `accepts` says for which positional and keyword arguments that is so.
+    """
+
+    kind: str
+    kinds: frozenset[str]
+    run: Function
+    accepts: Callable[[tuple[Any, ...], dict[str, Any]], bool] = lambda args, kwargs: True
+
+    @classmethod
+    def of(cls, kinds: str, run: Function, function: Function, accepts: Any = None) -> "Parts":
+        """Those of a function; as a whole it is named after the only kind in it, besides layers, or after itself."""
+        inside = frozenset(kinds.split())
+        named = inside - LAYERS
+        whole = next(iter(named)) if len(named) == 1 else function.__name__
+        return cls(whole, inside, run, accepts or cls.accepts)
+
+
+def in_place(run: Function) -> Function:
+    """A function that writes its result into its first argument."""
+    return lambda input, *args, **kwargs: input.copy_(run(input, *args, **kwargs))
 
 
 Reader = Callable[[Function, tuple[Any, ...], dict[str, Any]], Operation | None]

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attrbox.engine.elementwise import spellings
-from attrbox.engine.linearity import argument, is_activation
+from attrbox.engine.linearity import argument, is_activation, product_of
 from attrbox.engine.operation import Function, Operation, Reader, split, writes_in_place
 from attrbox.engine.site import GATES, Gradients, Site
 
@@ -61,12 +61,13 @@ _TURNED = frozenset({Tensor.__rtruediv__, Tensor.__rdiv__})
 
 
 def _bilinear(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operation | None:
-    """A call that is linear in each of two activations, wherever in its arguments they are."""
+    """A call that is linear in each of two activations, wherever in its arguments they are, and adds nothing."""
     if function is torch.einsum and len(args) == 2 and isinstance(args[1], tuple | list):
         args = (args[0], *args[1])
     values = [*args, *kwargs.values()]
     places = [place for place, value in enumerate(values) if is_activation(value)]
-    if len(places) != 2 or kwargs.get("out") is not None:
+    product = product_of(function)
+    if product is None or product.adds(args, kwargs) or len(places) != 2 or kwargs.get("out") is not None:
         return None
 
     def run(*factors: Tensor) -> Any:
@@ -114,8 +115,10 @@ READERS: dict[Reader, tuple[Function, ...]] = {
     ),
     _bilinear: (
         *_MATRIX_PRODUCTS,
-        *spellings("mv", "dot", "inner", "outer", "tensordot", "einsum", "baddbmm", "addmm", "bilinear"),
-        *(F.linear, torch.conv1d, torch.conv2d, torch.conv3d, Tensor.__rmatmul__),
+        *spellings("mv", "dot", "vdot", "inner", "outer", "ger", "kron", "cross", "tensordot", "einsum", "bilinear"),
+        *(torch.linalg.matmul, torch.linalg.vecdot, torch.linalg.cross, F.linear, Tensor.__rmatmul__),
+        *(torch.conv1d, torch.conv2d, torch.conv3d),
+        *(torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d),
     ),
     _extremum(1): spellings("maximum", "max", "fmax"),
     _extremum(-1): spellings("minimum", "min", "fmin"),

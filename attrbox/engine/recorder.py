@@ -23,13 +23,13 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.overrides import TorchFunctionMode
 
 from attrbox.engine.batch_norm import batch_norm_of
-from attrbox.engine.decompositions import Parts, parts_of
+from attrbox.engine.decompositions import parts_of
 from attrbox.engine.folding import Unfolded
 from attrbox.engine.grids import CONVOLUTIONS, Follower, Grid
 from attrbox.engine.layers import Pairs, layer_of, with_batch_norm
 from attrbox.engine.linear import LinearCalls
 from attrbox.engine.linearity import flat, is_activation, is_decision, is_linear, name_of
-from attrbox.engine.operation import Operation
+from attrbox.engine.operation import Operation, Parts
 from attrbox.engine.operations import interpret
 from attrbox.engine.site import ACTIVATIONS, LAYERS, Gradients, Rule, Site
 from attrbox.errors import (
@@ -325,15 +325,18 @@ class Recorder(TorchFunctionMode):
 
     def _note(self, known: Operation | Parts | None, function: Any, args: Any, kwargs: Any, result: Any) -> None:
         """Remember an operation that no rule touches, if it is not linear."""
-        if known is not None:
+        first = _first(result)
+        if isinstance(known, Operation):
             self.passed.append(self._here(known.kind))
             return
-        first = _first(result)
         if is_activation(first):
             norm = batch_norm_of(function, args, kwargs)
             if norm is not None and norm.trains and self.needs:
                 raise _batch_statistics(self.running)
             if is_linear(function, args, kwargs) or (norm is not None and norm.linear):
+                return
+            if known is not None:
+                self.passed.append(self._here(known.kind))
                 return
             if self.needs and name_of(function).startswith("fractional_max_pool"):
                 raise _drawn_windows(self.running)
