@@ -9,12 +9,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from attrbox.seeds import numbers
 
 RELUS = (F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_)
-CONVOLUTIONS = (torch.conv1d, torch.conv2d, torch.conv3d, torch.conv_transpose2d)
+CONVOLUTIONS = (torch.conv1d, torch.conv2d, torch.conv3d)
 
 
 class Gate(torch.autograd.Function):
@@ -37,7 +38,7 @@ class Relus(TorchFunctionMode):
         super().__init__()
         self.gates = gates or {}
         self.features: list[Tensor] = []
-        self.before: list[int] = []  # how many ReLUs ran before each convolution
+        self.before: list[int] = []  # how many ReLUs ran before each convolution, and each linear layer on tokens
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function in RELUS:
@@ -45,7 +46,7 @@ class Relus(TorchFunctionMode):
             result = args[0].clamp(min=0) if gate is None else Gate.apply(args[0], gate)
             self.features.append(result.detach())
             return result
-        if function in CONVOLUTIONS:
+        if function in CONVOLUTIONS or (function is F.linear and args[0].dim() > 2):
             self.before.append(len(self.features))
         return function(*args, **(kwargs or {}))
 
@@ -111,7 +112,8 @@ def learned(
 
     def map() -> Tensor:
         leaf = x.clone().requires_grad_()
-        with Relus({i: torch.tanh(w * differences[i]) for i, w in weights.items()}):
+        gates = {i: torch.tanh(w * differences[i]) for i, w in weights.items()}
+        with Relus(gates), sdpa_kernel(SDPBackend.MATH):  # which can be differentiated twice
             score = model(leaf)[0, target]
         (gradient,) = torch.autograd.grad(score, leaf, create_graph=True)
         return x * gradient

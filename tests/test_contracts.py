@@ -127,11 +127,10 @@ class TestEveryMethod:
         build, shape = SMALL[name]
         refusals = {
             "no spatial feature map": method in CAM and name == "vectors",
-            "between two convolutions": method in LEARNED - {"learned_clean"} and name == "vectors",
             r"needs images \[N, C, H, W\]": (
                 method in OPTIMISED | {"learned_clean"} and name in ("vectors", "sequences", "volumes")
             )
-            or (method == "learned_rank" and name in ("sequences", "volumes")),
+            or (method == "learned_rank" and name in ("vectors", "sequences", "volumes")),
         }
         if reason := next((reason for reason, holds in refusals.items() if holds), None):
             with pytest.raises(AttrboxError, match=reason):

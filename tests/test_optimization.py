@@ -42,6 +42,26 @@ class Mixed(nn.Module):
         return self.head(F.relu(self.last(x)).mean((2, 3)))
 
 
+class Tokens(nn.Module):
+    """A transformer: one convolution for the patches, fused attention, and ReLUs in the blocks alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 8, 4, stride=4)
+        self.attention = nn.ModuleList([nn.Linear(8, 24) for _ in range(2)])
+        self.inner = nn.ModuleList([nn.Linear(8, 12) for _ in range(2)])
+        self.outer = nn.ModuleList([nn.Linear(12, 8) for _ in range(2)])
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        for attention, inner, outer in zip(self.attention, self.inner, self.outer, strict=True):
+            query, key, value = attention(F.layer_norm(x, (8,))).view(len(x), -1, 3, 2, 4).permute(2, 0, 3, 1, 4)
+            x = x + F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+            x = x + outer(F.relu(inner(x)))
+        return self.head(x.mean(1))
+
+
 def mixed() -> nn.Module:
     model = Mixed()
     nn.init.uniform_(model.stem[1].running_var, 0.5, 2)
@@ -66,6 +86,7 @@ def squeezenet() -> nn.Module:
 
 NETS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "mixed": (mixed, 12),
+    "tokens": (Tokens, 12),
     "vgg": (vgg, 32),
     "resnet": (lambda: torchvision.models.resnet18(num_classes=4), 32),
     "squeezenet": (squeezenet, 32),
@@ -95,7 +116,7 @@ def test_the_learned_rule_is_that_of_the_second_implementation(name: str, layout
 
 
 @pytest.mark.parametrize("preset", ["rank", "clean"])
-@pytest.mark.parametrize("name", ["mixed", "squeezenet"])
+@pytest.mark.parametrize("name", ["mixed", "tokens", "squeezenet"])
 def test_the_presets_are_those_of_the_second_implementation(name: str, preset: str) -> None:
     model, images = built(name, 1)
     deeplift = attrbox.explain(model, images, "deeplift", target=1, progress=False).values

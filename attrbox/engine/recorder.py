@@ -44,6 +44,8 @@ from attrbox.memory import is_out_of_memory
 from attrbox.shapes import Operated
 from attrbox.targets import unwrap
 
+# Linear layers, where only one of the factors depends on the images.
+_LINEAR_LAYERS = frozenset({"linear", "matmul", "rmatmul", "addmm", "baddbmm", "bmm", "mm", "einsum"})
 _OWN_FUNCTIONS = frozenset({"_SiteFunctionBackward", "LinearMapFunctionBackward"})
 
 
@@ -166,7 +168,7 @@ class Recorder(TorchFunctionMode):
         self._inside = 0  # of functions that are run part by part
         self.replaying = Replaying()
         self.kept: list[tuple[Tensor, ...] | None] = []  # inputs at the sites, in a reference recording
-        self.convolutions: list[int] = []  # how many sites there were before each convolution
+        self.layers_before: list[tuple[int, bool]] = []  # see `Tape.layers_before`
         self._linear = LinearCalls() if twice else None
         self._treats_layers = not LAYERS.isdisjoint(needs)
         self._last_layer: tuple[Site, Operation, Tensor, int] | None = None  # with its output, and its version
@@ -194,7 +196,8 @@ class Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         operation = interpret(function, args, kwargs)
         parts = parts_of(function, args, kwargs) if operation is None else None
-        if parts is not None and not self.needs.keys().isdisjoint(parts.kinds):
+        # Fused attention and recurrent kernels have no second derivative; their parts have.
+        if parts is not None and (self._linear is not None or not self.needs.keys().isdisjoint(parts.kinds)):
             self._inside += 1
             with self:  # its parts come here one by one
                 result = parts.run(*args, **kwargs)
@@ -216,14 +219,21 @@ class Recorder(TorchFunctionMode):
                 result = function(*args, **kwargs)
             if not self._reference:
                 self._note(operation or parts, function, args, kwargs, result)
-        if is_activation(result) and name_of(function) in CONVOLUTIONS:
-            self.convolutions.append(len(self.sites))
+        if is_activation(result) and operation is None:
+            self._count_layer(name_of(function), result)
         if before is not None and operation is not None:
             self._pairs.pair(before, self.sites[-1], operation.inputs[0], result)
         elif self._treats_layers and is_activation(_first(result)):
             self._pairs.used(flat((*args, *kwargs.values())))
         self._follow(function, result)
         return result
+
+    def _count_layer(self, name: str, output: Tensor) -> None:
+        """Note a layer: a convolution, or a linear layer, whose output has positions if its channels are not all."""
+        if name in CONVOLUTIONS:
+            self.layers_before.append((len(self.sites), True))
+        elif name in _LINEAR_LAYERS:
+            self.layers_before.append((len(self.sites), output.dim() > 2))
 
     def _follow(self, function: Any, result: Any) -> None:
         first = _first(result)

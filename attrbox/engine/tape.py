@@ -29,7 +29,8 @@ class Tape:
         sites: the recorded sites in order of execution (without activations).
         passed: operations of the table that no rule of the recording covers: native, with their true derivative.
         unknown: non-linear operations that are not in the table, native too.
-        convolutions: how many sites were recorded before each convolution, in order of execution.
+        layers_before: for each convolution and linear layer, in order of execution, how many sites were recorded
+            before it, and whether it works on positions: a convolution, or a linear layer on tokens.
         feature_maps: layer name (or None: the last spatial feature map) -> its output.
         grids: the same names -> where in these outputs the pixels are.
     """
@@ -41,7 +42,7 @@ class Tape:
         self.sites: tuple[Site, ...] = tuple(recorder.sites) if recorder else ()
         self.passed: tuple[Operated, ...] = tuple(recorder.passed) if recorder else ()
         self.unknown: tuple[Operated, ...] = tuple(recorder.unknown) if recorder else ()
-        self.convolutions: tuple[int, ...] = tuple(recorder.convolutions) if recorder else ()
+        self.layers_before: tuple[tuple[int, bool], ...] = tuple(recorder.layers_before) if recorder else ()
         self.feature_maps: dict[str | None, Tensor] = recorder.feature_maps if recorder else {}
         self.grids: dict[str | None, Grid] = recorder.grids if recorder else {}
         self._needs = recorder.needs if recorder else {}

@@ -64,13 +64,14 @@ def prepared(rule: LearnedRule, modules: str | None, run: Run, k: int) -> tuple[
 
 
 def sites_within(tape: Tape, modules: str | None) -> list[Site]:
-    """The sites to learn at.
+    """The sites to learn at: from the first layer that works on positions (a convolution, or a linear layer on tokens)
+    to the last; where nothing lies between, from the first layer to the last.
 
     Raises:
-        ModelError: there is no non-linearity between two convolutions.
+        ModelError: there is no non-linearity between two layers.
         OptionError: no site's module matches the pattern.
     """
-    sites = [site for site in tape.sites if site.kind in LearnedRule.kinds]
+    sites = [site for site in tape.sites if site.kind in LearnedRule.kinds and not _guards(site)]
     if modules is not None:
         chosen = [site for site in sites if fnmatchcase(site.module, modules)]
         if not chosen:
@@ -80,15 +81,22 @@ def sites_within(tape: Tape, modules: str | None) -> list[Site]:
                 f"Those that run: {', '.join(names) or 'none'}."
             )
         return chosen
-    starts, ends = (tape.convolutions[0], tape.convolutions[-1]) if tape.convolutions else (0, 0)
-    chosen = [site for site in sites if starts <= site.index < ends]
-    if not chosen:
-        raise ModelError(
-            f"The model has no non-linearity between two convolutions ({len(tape.convolutions)} convolutions and "
-            f"{len(sites)} non-linearities ran), where the learned rule has its place. "
-            "Say where to learn: modules='*' for all, or a pattern of module names."
-        )
-    return chosen
+    layers = tape.layers_before
+    for before in ([count for count, positions in layers if positions], [count for count, _ in layers]):
+        chosen = [site for site in sites if before and before[0] <= site.index < before[-1]]
+        if chosen:
+            return chosen
+    raise ModelError(
+        f"The model has no non-linearity between two layers ({len(layers)} convolutions and linear layers and "
+        f"{len(sites)} non-linearities ran), where the learned rule has its place. "
+        "Say where to learn: modules='*' for all, or a pattern of module names."
+    )
+
+
+def _guards(site: Site) -> bool:
+    """Whether a site is a clamp that keeps a number away from 0, as in front of a division."""
+    low, high = site.options.get("bounds") or (0, 0)
+    return not low <= 0 <= high
 
 
 def channel_sum(values: Tensor) -> Tensor:

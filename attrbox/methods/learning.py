@@ -45,7 +45,9 @@ class Learning(Propagating):
     feature: str = option("output", "what the parameters meet: output or input of the non-linearity")
     reference: bool = option(True, "subtract the features of an all-zero image")
     initial: str = option("normal", "start of the parameters: normal (0, 1) or ones")
-    modules: str | None = option(None, "pattern of module names to learn at; None: from first to last convolution")
+    modules: str | None = option(
+        None, "pattern of module names to learn at; None: from the first to the last layer on positions or tokens"
+    )
     mask: str = option("sigmoid", "mask generator: sigmoid, gaussian or rank")
     sharpness: float = option(10.0, "s, slope of the sigmoid masks")
     center_positive: float = option(0.75, "c+, centre of the positive sigmoid mask on the scaled map (0.5 is zero)")
