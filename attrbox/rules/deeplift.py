@@ -43,10 +43,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attrbox.engine.site import ELEMENTWISE, FUNCTIONS, KINDS, LAYERS, Gradients, Rule, Site
+from attrbox.engine.site import ELEMENTWISE, KINDS, LAYERS, Gradients, Rule, Site
 from attrbox.errors import OptionError
 from attrbox.rules.norms import normed, weighted
 
+_STRAIGHT = frozenset("relu relu6 leaky_relu prelu hardtanh hardsigmoid abs softshrink hardshrink threshold".split())
+_KINKED = frozenset("elu selu celu hardswish".split())
+_STEEP_AT_0 = frozenset("power log".split())
+_NOT_ZERO_AT_0 = frozenset("sigmoid softplus logsigmoid exp cos".split())
 # The layers that get RevealCancel with the activation behind them, by option.
 _REVEALED = {
     "none": frozenset[str](),
@@ -111,12 +115,30 @@ def _slope(site: Site) -> Tensor:
         low, high = bounds
         return _share_between(low, high, x, x0)
     change = x - x0
-    # Rounding makes the quotient of a smooth function useless where x is close to x0; the derivative errs by
-    # f'' * (x - x0) there, which is less. The quotient of straight lines is exact. Functions that are steep
-    # at 0 (roots, logarithms, reciprocals) vary on the scale of x itself.
-    near = 0.0 if bounds else torch.finfo(x.dtype).eps ** 0.5
-    flat = change.abs() <= (near * torch.maximum(x.abs(), x0.abs()) if site.kind in FUNCTIONS else near)
-    return torch.where(flat, site.derivative(), (site.output - site.reference_output) / change.masked_fill(flat, 1.0))
+    flat = change.abs() <= _near(site.kind, x, x0)
+    # Where nothing changed at a point of infinite slope, such as the root of 0, nothing is attributed.
+    between = site.at(torch.where(flat, (x + x0) / 2, x)).derivative()
+    between = torch.where((change == 0) & ~between.isfinite(), 0, between)
+    return torch.where(flat, between, (site.output - site.reference_output) / change.masked_fill(flat, 1.0))
+
+
+def _near(kind: str, x: Tensor, x0: Tensor) -> Tensor | float:
+    """How close x and x0 must be for the derivative between them to be the better slope.
+
+    The quotient of differences loses digits to rounding, eps f / (x - x0); the derivative halfway errs by
+    f''' (x - x0)^2 / 24. Both are equal about the cube root of eps, times the scale on which the function varies: that
+    of x for powers and logarithms, 1 for all others. Those that are 0 at 0 are exact there, so the quotient serves them
+    on a smaller scale too. The quotient of straight lines is always exact. No kink must lie between.
+    """
+    eps = torch.finfo(x.dtype).eps
+    if kind in _STRAIGHT:
+        return 0.0
+    scale = torch.maximum(x.abs(), x0.abs())
+    if kind in _NOT_ZERO_AT_0:
+        scale = torch.ones_like(scale)
+    elif kind not in _STEEP_AT_0:
+        scale = scale.clamp(max=1)
+    return scale * (eps**0.5 if kind in _KINKED else eps ** (1 / 3))
 
 
 def _reveal_cancel(site: Site, grad_output: Tensor) -> Tensor:
@@ -176,9 +198,8 @@ def _max_pool(site: Site, grad_output: Tensor) -> Tensor:
 
 def _softmax(site: Site, grad_output: Tensor) -> Tensor:
     dim = site.options["dim"]
-    x, x0 = site.input, site.reference_input
-    level, level0, weight = _level(x, x0, dim)
-    through = grad_output * _exp_slope(x - level, x0 - level0)  # of p_i in x_i - L
+    below, below0, weight = _level(site.input, site.reference_input, dim)
+    through = grad_output * _exp_slope(below, below0)  # of p_i in x_i - L
     return through - weight * through.sum(dim, keepdim=True)
 
 
@@ -194,12 +215,26 @@ def _logsumexp(site: Site, grad_output: Tensor) -> Tensor:
 
 
 def _level(x: Tensor, x0: Tensor, dim: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """L(x), L(x0), and the slopes of L = log sum exp in each x_j."""
-    level, level0 = x.logsumexp(dim, keepdim=True), x0.logsumexp(dim, keepdim=True)
+    """x - L(x), x0 - L(x0), and the slopes of L = log sum exp in each x_j.
+
+    All from values without their common level, which would cost their digits.
+    """
+    (below, level), (below0, level0) = _below(x, dim), _below(x0, dim)
+    rise = level - level0
     # The sum under the logarithm, scaled by its larger value so that nothing overflows.
-    top = torch.maximum(level, level0)
-    log_slope = 1 / _exp_slope(level - top, level0 - top)  # of L in sum_j exp(x_j - top)
-    return level, level0, log_slope * _exp_slope(x - top, x0 - top)
+    up, down = rise.clamp(min=0), rise.clamp(max=0)
+    log_slope = 1 / _exp_slope(down, -up)  # of L in sum_j exp(x_j - max(L, L0))
+    return below, below0, log_slope * _exp_slope(below + down, below0 - up)
+
+
+def _below(x: Tensor, dim: Any) -> tuple[Tensor, Tensor]:
+    """x - L(x) and L(x)."""
+    axes = tuple(range(x.dim())) if dim is None else dim
+    top = x.amax(axes, keepdim=True)
+    top = torch.where(top.isfinite(), top, 0)  # of rows that are masked out as a whole
+    centered = x - top
+    rest = centered.logsumexp(axes, keepdim=True)
+    return centered - rest, top + rest
 
 
 def _kept(site: Site, reduced: Tensor) -> Tensor:
