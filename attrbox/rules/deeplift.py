@@ -47,10 +47,10 @@ from attrbox.engine.site import ELEMENTWISE, KINDS, LAYERS, Gradients, Rule, Sit
 from attrbox.errors import OptionError
 from attrbox.rules.norms import normed, weighted
 
-_STRAIGHT = frozenset("relu relu6 leaky_relu prelu hardtanh hardsigmoid abs softshrink hardshrink threshold".split())
-_KINKED = frozenset("elu selu celu hardswish".split())
+_JUMPING = frozenset("hardshrink threshold".split())
+_KINKED = frozenset("relu relu6 leaky_relu prelu hardtanh hardsigmoid abs softshrink elu selu celu hardswish".split())
 _STEEP_AT_0 = frozenset("power log".split())
-_NOT_ZERO_AT_0 = frozenset("sigmoid softplus logsigmoid exp cos".split())
+_NOT_ZERO_AT_0 = frozenset("sigmoid hardsigmoid softplus logsigmoid exp cos".split())
 # The layers that get RevealCancel with the activation behind them, by option.
 _REVEALED = {
     "none": frozenset[str](),
@@ -122,23 +122,23 @@ def _slope(site: Site) -> Tensor:
     return torch.where(flat, between, (site.output - site.reference_output) / change.masked_fill(flat, 1.0))
 
 
-def _near(kind: str, x: Tensor, x0: Tensor) -> Tensor | float:
+def _near(kind: str, x: Tensor, x0: Tensor) -> Tensor:
     """How close x and x0 must be for the derivative between them to be the better slope.
 
     The quotient of differences loses digits to rounding, eps f / (x - x0); the derivative halfway errs by
     f''' (x - x0)^2 / 24. Both are equal about the cube root of eps, times the scale on which the function varies: that
     of x for powers and logarithms, 1 for all others. Those that are 0 at 0 are exact there, so the quotient serves them
-    on a smaller scale too. The quotient of straight lines is always exact. No kink must lie between.
+    on a smaller scale too. Between lies no kink, or next to none of it, and no jump.
     """
     eps = torch.finfo(x.dtype).eps
-    if kind in _STRAIGHT:
-        return 0.0
+    if kind in _JUMPING:
+        return x.new_zeros(())
     scale = torch.maximum(x.abs(), x0.abs())
     if kind in _NOT_ZERO_AT_0:
         scale = torch.ones_like(scale)
     elif kind not in _STEEP_AT_0:
         scale = scale.clamp(max=1)
-    return scale * (eps**0.5 if kind in _KINKED else eps ** (1 / 3))
+    return scale.mul(eps**0.5 if kind in _KINKED else eps ** (1 / 3))
 
 
 def _reveal_cancel(site: Site, grad_output: Tensor) -> Tensor:
