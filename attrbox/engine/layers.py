@@ -177,14 +177,13 @@ class Pairs:
                 del self._paired[id(tensor)], layer.options["activation"], activation.options["layer"]
 
 
-_NONNEGATIVE = frozenset(
-    {"relu", "relu6", "sigmoid", "hardsigmoid", "softmax", "softplus", "abs", "exp", "vector_norm"}
-)
+# Autograd's names of operations whose outputs have the signs of their inputs.
 _KEEPING = frozenset(
     f"{name}Backward"
     for name in """
-    View UnsafeView ReshapeAlias Expand Unsqueeze Squeeze Permute Transpose T Clone Alias Mean AvgPool2D
-    AdaptiveAvgPool2D MkldnnAdaptiveAvgPool2D Cat
+    View UnsafeView ReshapeAlias Expand Unsqueeze Squeeze Permute Transpose T Clone Alias Mean AvgPool2D AvgPool3D
+    AdaptiveAvgPool2D AdaptiveAvgPool3D MkldnnAdaptiveAvgPool2D MaxPool2DWithIndices MaxPool3DWithIndices
+    AdaptiveMaxPool2D AdaptiveMaxPool3D Cat
     """.split()
 )
 
@@ -195,10 +194,11 @@ def _is_nonnegative(x: Tensor) -> bool:
     while todo:
         node = todo.pop()
         site = getattr(node, "site", None)
-        if isinstance(site, Site) and site.kind in _NONNEGATIVE:
+        options = site.options if isinstance(site, Site) else {}
+        if options.get("floor", -1) >= 0:
             continue
         keeping = type(node).__name__.rstrip("0123456789") in _KEEPING
-        if node is None or not (keeping or (isinstance(site, Site) and site.kind == "max_pool")):
+        if not (keeping or (isinstance(site, Site) and site.kind == "max_pool")):
             return False
-        todo.extend(following for following, _ in node.next_functions if following is not None)
+        todo.extend(following for following, _ in node.next_functions)  # type: ignore[union-attr]
     return True

@@ -152,10 +152,10 @@ def _planes(x: Tensor, groups: Any) -> int:
 
 
 READERS: dict[Reader, tuple[Function, ...]] = {
-    _Softmax("softmax"): spellings("softmax"),
+    _Softmax("softmax", floor=0.0): spellings("softmax"),
     _Softmax("log_softmax"): spellings("log_softmax"),
     _Reduction("logsumexp"): spellings("logsumexp"),
-    _VectorNorm("vector_norm"): (torch.linalg.vector_norm,),
+    _VectorNorm("vector_norm", floor=0.0): (torch.linalg.vector_norm,),
     _amax: spellings("amax"),
     _MaxPool(1, F.max_pool1d_with_indices, 5): (F.max_pool1d, F.max_pool1d_with_indices, torch.max_pool1d),
     _MaxPool(2, F.max_pool2d_with_indices, 5): (F.max_pool2d, F.max_pool2d_with_indices, torch.max_pool2d),

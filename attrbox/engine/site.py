@@ -49,12 +49,13 @@ class Site:
         options: what else a rule may need: `dim` of a softmax, `pool` (input -> output, winners' positions) and `dims`
             of a max-pool, and whether its windows go `by_row` of the batch, `gates` of a product (for each factor,
             whether a sigmoid made it), `bounds` of functions that cut their input off: (0, inf) for ReLU, (0, 6) for
-            ReLU6; `size` (neighbouring elements that are normed together), `weight`, `centred` and `eps` of a norm;
-            whether a quotient's numerator is `constant`; the `sign` of a maximum, -1 for a minimum; `weight`, `bias`
-            and `apply` (input, weight, bias -> output) of a layer, whether it is the `first` or (set on that one only)
-            the `last` one of the model, whether its input is known to be `nonnegative`, the groups of a transposed
-            convolution (`turned`, 0 for all others), whether it has a batch-norm `joined` to it, and the site of the
-            `activation` that alone takes its output; at that activation, the kind of that `layer`.
+            ReLU6; `floor`, a number that no output of a function of one input is below (-inf: none is known); `size`
+            (neighbouring elements that are normed together), `weight`, `centred` and `eps` of a norm; whether a
+            quotient's numerator is `constant`; the `sign` of a maximum, -1 for a minimum; `weight`, `bias` and `apply`
+            (input, weight, bias -> output) of a layer, whether it is the `first` or (set on that one only) the `last`
+            one of the model, whether its input is known to be `nonnegative`, the groups of a transposed convolution
+            (`turned`, 0 for all others), whether it has a batch-norm `joined` to it, and the site of the `activation`
+            that alone takes its output; at that activation, the kind of that `layer`.
         shapes: of the inputs.
 
     The tensors below have the batch first. They are kept only if some rule of the recording `needs` them; reading
