@@ -18,7 +18,7 @@ from attrbox.maps import MapsFile, open_maps
 from attrbox.methods.base import check_count
 
 # Settings that may differ between the files of a merger; a part or a whole cannot be resumed.
-_OF_THE_DATA = ("samples", "data_sha256", "batch_size")
+_OF_THE_DATA = ("samples", "data_sha256", "labels_sha256", "batch_size")
 
 
 def verify(path: str | Path) -> list[str]:
@@ -139,7 +139,8 @@ def _check_parts(parts: Sequence[MapsFile]) -> None:
                 f"{str(other.path)!r} has {', '.join(other)}."
             )
         mine, theirs = (
-            {name: part.file[name].shape[1:] for name, _ in _datasets(part.file)} for part in (first, other)
+            {name: (dataset.shape[1:], dataset.dtype.kind) for name, dataset in _datasets(part.file)}
+            for part in (first, other)
         )
         if mine != theirs:
             name = next(name for name in mine | theirs if mine.get(name) != theirs.get(name))
@@ -192,7 +193,7 @@ def _united(parts: Sequence[MapsFile], path: str | Path, virtual: bool, overwrit
 def _begin(file: h5py.File, first: MapsFile, count: int) -> None:
     file.attrs.update(first.attributes)
     if settings := first.settings:
-        settings |= {"samples": count, "data_sha256": None, "batch_size": None}
+        settings |= {"samples": count, "data_sha256": None, "labels_sha256": None, "batch_size": None}
         settings |= {name: "of each sample" for name, value in settings.items() if _of_each_sample(name, value)}
         file.attrs["export"] = json.dumps(settings, ensure_ascii=False)
     file.create_group("maps", track_order=True)

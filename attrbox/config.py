@@ -53,6 +53,9 @@ class DataConfig(_Table):
     path: str | NonEmpty[str] = Field(
         default="demo:photographs", description="a folder of images, files, or demo:photographs"
     )
+    labels: str | None = Field(
+        default=None, description="a CSV file, file and label (class name, WordNet id or number); default: folder names"
+    )
     resize: int | None = Field(default=None, description="short side in pixels; default: the model's own preprocessing")
     crop: int | None = Field(default=None, description="side of the square cut out of the middle")
     mean: NonEmpty[float] | None = Field(

@@ -94,7 +94,11 @@ class TrainingModeWarning(UserWarning):
 def near_miss(name: str, known: Iterable[str]) -> str:
     """A sentence that helps after a misspelt name: the nearest ones, then all."""
     names = sorted(known)
-    by_folded = {known_name.casefold(): known_name for known_name in names}
-    near = [by_folded[match] for match in difflib.get_close_matches(str(name).casefold(), by_folded, n=3)]
-    hint = f"Did you mean {' or '.join(repr(match) for match in near)}? " if near else ""
-    return f"{hint}Known: {', '.join(names) or 'none'}."
+    return f"{nearest(str(name), names)}Known: {', '.join(names) or 'none'}."
+
+
+def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """A sentence with the names that are nearest to a misspelt one, or nothing."""
+    by_folded = {known_name.casefold(): prefix + known_name for known_name in known}
+    near = [by_folded[match] for match in difflib.get_close_matches(name.casefold(), by_folded, n=3)]
+    return f"Did you mean {' or '.join(repr(match) for match in near)}? " if near else ""

@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from attrbox.compare import MethodLike
-from attrbox.errors import FileError, InputError, TargetError
+from attrbox.errors import FileError, InputError, ModelError, TargetError
 from attrbox.growing import Flags, Growing, Layout, Output, known_targets
 from attrbox.guard import check_model
 from attrbox.hdf5 import Compression, DType, check_storage, plain
-from attrbox.job import Channels, ExportTarget, Job, device_of, of_rows
+from attrbox.job import Channels, ExportTarget, Job, count_classes, device_of, of_rows
 from attrbox.journal import Journal
+from attrbox.labels import ClassNames, read_labels
 from attrbox.maps import MapsFile
 from attrbox.memory import MOST_PER_PASS
 from attrbox.methods.base import Method, MethodSpec, check_choice, check_count, choose
@@ -94,6 +95,7 @@ def export(
     seed: int | Sequence[int] = 0,
     preprocess: Callable[[Any], Tensor] | None = None,
     ids: Sequence[str] | None = None,
+    labels: str | Path | Mapping[str, str] | None = None,
     batch_size: int | None = None,
     workers: int | None = None,
     precision: torch.dtype | None = None,
@@ -125,6 +127,9 @@ def export(
         seed: one for all, or one for each sample.
         preprocess: an image of `data` that is no tensor -> a tensor as the model takes it.
         ids: a name for each sample; default: file names, or "0", "1", ...
+        labels: a table of labels, file -> class by name, WordNet id or number: a CSV file, or a mapping. Default: the
+            names of the folders in which images lie, or what a dataset has. Folder names, and numbers that a dataset
+            has names for (`classes`), are looked up among the model's classes; other numbers are classes as they are.
         batch_size: images that are read and go through the model together, fewer where memory runs out. Default: what
             the file began with, or what pays on the device (`attrbox.memory.MOST_PER_PASS`).
         workers: processes that read. Default: those of the DataLoader, or none: a thread then reads ahead.
@@ -160,6 +165,9 @@ def export(
         batch_size = batch_size or data.batch_size
         workers = data.num_workers if workers is None else workers
     samples = data if isinstance(data, Samples) else _samples(data, loaded, preprocess, ids, photographs)
+    if labels is not None:
+        samples = samples.labeled(labels if isinstance(labels, Mapping) else read_labels(labels))
+    samples, names = _understood(samples, loaded, module, target)
     check_seeds(seed, len(samples))
     if not isinstance(target, str):
         Target(target, len(samples))  # of the right length
@@ -188,10 +196,10 @@ def export(
             channels=channels,
             dtype=dtype,
             compression=compression,
+            names=names,
         )
         layout = job.layout(
             model_name=model_name or (loaded.name if loaded else _name(module)),
-            classes=loaded.categories if loaded else None,
             config=config,
             photographs=photographs,
         )
@@ -256,7 +264,8 @@ def recompute(
         if any(isinstance(value, dict) for value in options.values()):
             raise InputError(f"The options of {label!r} are tensors, which the file does not keep. Explain it anew.")
     row = maps.place(sample)
-    other = [name for name, value in job.settings.items() if name not in ("target", "seed") and settings[name] != value]
+    unasked = ("target", "seed", "labels_sha256")  # which the file has for each sample
+    other = [name for name, value in job.settings.items() if name not in unasked and settings[name] != value]
     pending = {
         label: one.done & (np.arange(len(samples)) // job.batch_size == row // job.batch_size)
         for label, one in maps.items()
@@ -312,6 +321,30 @@ def _samples(
     picture = Picture(loaded.mean, loaded.std) if loaded else Picture()
     preprocess = preprocess or (loaded.preprocess if loaded else None)
     return samples_of(data, preprocess=preprocess, ids=ids, picture=picture if photographs else None)
+
+
+def _understood(
+    samples: Samples, loaded: LoadedModel | None, module: nn.Module | Callable[[Tensor], Any], target: ExportTarget
+) -> tuple[Samples, ClassNames]:
+    """The samples with labels that are classes of the model, where they can be, and what these classes are called."""
+    categories = loaded.categories if loaded else None
+    required = isinstance(target, str)
+    try:
+        labels = samples.label_names
+    except InputError:
+        if required:
+            raise
+        samples, labels = samples.unlabeled(), None
+    if labels is None:
+        return samples, ClassNames(categories, None if categories is None else len(categories))
+    count = count_classes(module, samples)
+    if categories is not None and count not in (None, len(categories)):
+        raise ModelError(
+            f"Expected a name for each of the model's {count} classes, got {len(categories)} of them. Labels cannot be "
+            "told by these."
+        )
+    names = ClassNames(categories, count).assumed(labels)
+    return samples.translated(names, required), names
 
 
 def _existing(journal: Journal, resume: bool, overwrite: bool) -> Growing | None:

@@ -11,13 +11,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from attrbox.errors import AttrboxError, FileError
+from attrbox.errors import AttrboxError, FileError, InputError
 from attrbox.files import settle, whole_file
 from attrbox.hdf5 import (
     SCHEMA,
     Columns,
     Compression,
     DType,
+    create_columns,
     create_datasets,
     dataset_name,
     origin,
@@ -202,7 +203,9 @@ class Growing:
                     self.done[label] = np.zeros(len(layout.ids), bool)
                     self.failed[label] = np.zeros(len(layout.ids), bool)
             samples = self.file["samples"]
-            write_samples(self.file, batch.rows, {}, self._fitting(batch.columns))
+            columns = self._fitting(batch.columns)
+            create_columns(self.file, len(layout.ids), columns)  # labels may begin with a later batch
+            write_samples(self.file, batch.rows, {}, columns)
             if "photograph" in samples:
                 for row, picture in zip(batch.rows, batch.photographs, strict=True):
                     samples["photograph"][row] = np.frombuffer(picture, np.uint8)
@@ -221,8 +224,22 @@ class Growing:
                     self.failed[label][row] = True
 
     def _fitting(self, columns: Columns) -> Columns:
-        """The columns that the file has."""
-        return {name: values for name, values in columns.items() if name in self.file["samples"]}
+        """The columns in the kinds that the file has: numbers become texts among texts.
+
+        Raises:
+            InputError: labels of another kind, which the file could not hold, or not as they are.
+        """
+        fitting = dict(columns)
+        for name in columns.keys() & self.file["samples"].keys():
+            here, there = columns[name], self.file["samples"][name].dtype
+            if there.kind == "O" and here.dtype.kind != "O":
+                fitting[name] = np.array([str(value) for value in here.tolist()], object)
+            elif not np.can_cast(here.dtype, there, "same_kind"):
+                raise InputError(
+                    f"Expected every {name} to be of one kind, but the file began with {there} and {here.tolist()[:3]} "
+                    "came later. Give the data labels of one kind: all numbers, or all texts."
+                )
+        return fitting
 
     @contextmanager
     def _committing(self) -> Iterator[None]:

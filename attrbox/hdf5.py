@@ -216,10 +216,16 @@ def create_datasets(
         if attribution.relative_gap is not None:
             gap = attribution.relative_gap
             samples.create_dataset(f"relative_gap/{name}", (count, *gap.shape[1:]), "float64", fillvalue=np.nan)
+    create_columns(file, count, columns)
+
+
+def create_columns(file: h5py.File, count: int, columns: Columns) -> None:
+    """Make room for these columns of `count` samples; those that are there already stay."""
+    samples = file.require_group("samples")
     for name, values in columns.items():
         if name not in samples:
-            dtype_, empty = (_TEXT, None) if values.dtype == object else (values.dtype, _EMPTY.get(values.dtype.kind))
-            samples.create_dataset(name, (count, *values.shape[1:]), dtype_, fillvalue=empty)
+            dtype, empty = (_TEXT, None) if values.dtype == object else (values.dtype, _EMPTY.get(values.dtype.kind))
+            samples.create_dataset(name, (count, *values.shape[1:]), dtype, fillvalue=empty)
 
 
 def write_samples(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from attrbox.compare import Comparison, compare
+from attrbox.engine.recorder import forward
 from attrbox.errors import (
     AttrboxError,
     InputError,
@@ -16,18 +17,23 @@ from attrbox.errors import (
     NoGradientError,
     RuleError,
     TargetError,
+    UnknownNameError,
     UnsupportedModelError,
 )
 from attrbox.growing import Flags, Layout, Written
+from attrbox.guard import check_model, untouched
 from attrbox.hashing import architecture_hash, weights_hash
 from attrbox.hdf5 import Columns, Compression, DType, flaws, plain, sample_columns
+from attrbox.labels import ClassNames
 from attrbox.methods.base import methods as registry
-from attrbox.samples import Batch, Label, Samples
+from attrbox.samples import Batch, Label, Sample, Samples
 from attrbox.shapes import Attribution
-from attrbox.targets import Target, TargetLike, classes, top
+from attrbox.targets import Target, TargetLike, classes, top, unwrap
 
 Channels: TypeAlias = Literal["all", "one"]
 ExportTarget: TypeAlias = "TargetLike | Literal['label']"
+
+_TRIES = 8  # samples on which the model's outputs are looked at before any is explained
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +51,7 @@ class Job:
         channels: "all", or "one" for the map for the eye.
         dtype: in which maps are stored.
         compression: how.
+        names: of the model's classes.
     """
 
     model: nn.Module | Callable[[Tensor], Any]
@@ -58,10 +65,9 @@ class Job:
     channels: Channels
     dtype: DType
     compression: Compression | None
+    names: ClassNames = ClassNames()
 
-    def layout(
-        self, *, model_name: str, classes: Sequence[str] | None, config: str | None, photographs: bool
-    ) -> Layout:
+    def layout(self, *, model_name: str, config: str | None, photographs: bool) -> Layout:
         """The file for it."""
         settings = self.settings
         described = {
@@ -73,7 +79,7 @@ class Job:
             sources=self.samples.sources,
             settings=settings,
             header={"model_name": model_name, "weights_sha256": settings["weights_sha256"], "config": config},
-            classes=classes,
+            classes=self.names.names,
             descriptions=described,
             seed=self.seed,
             dtype=self.dtype,
@@ -88,6 +94,7 @@ class Job:
         return {
             "samples": len(self.samples),
             "data_sha256": self.samples.sha256,
+            "labels_sha256": self.samples.labels_sha256,
             "architecture_sha256": None if module is None else architecture_hash(module),
             "weights_sha256": None if module is None else weights_hash(module),
             "target": _told(self.target),
@@ -178,8 +185,23 @@ class Job:
         if known is not None:
             return known if known.dim() == 1 else classes(known)
         if isinstance(self.target, str):
-            return [_class_of(sample.label, self.samples.ids[sample.row]) for sample in batch.samples]
+            return [self._class_of(sample) for sample in batch.samples]
         return of_rows(self.target, len(self.samples), rows)
+
+    def _class_of(self, sample: Sample) -> int:
+        if isinstance(sample.label, int):
+            return sample.label
+        name = self.samples.ids[sample.row]
+        if not isinstance(sample.label, str):
+            raise TargetError(
+                f"Expected a class as the label of {name!r}, which is to be explained, got {sample.label!r}. Put "
+                "images into a folder for each class, give a table of labels (labels=, --labels), or choose another "
+                "target."
+            )
+        try:
+            return self.names.index(sample.label)
+        except UnknownNameError as error:
+            raise TargetError(f"Expected a class of the model as the label of {name!r}. {error}") from error
 
     def _written(
         self,
@@ -264,6 +286,25 @@ def _appended(first: Attribution, second: Attribution) -> Attribution:
     return replace(first, **parts, details={})
 
 
+def count_classes(model: nn.Module | Callable[[Tensor], Any], samples: Samples) -> int | None:
+    """How many classes a model tells apart, by its outputs on the first of the samples that it runs on.
+
+    None if its outputs are not [N, classes], or if it runs on none of the first few.
+    """
+    module = check_model(model, ())
+    for row in range(min(len(samples), _TRIES)):
+        image = samples[row].image
+        if image is None:
+            continue
+        try:
+            with untouched(module), torch.no_grad():
+                output = unwrap(forward(module, image[None].to(device_of(model))))
+        except ModelError:
+            continue
+        return output.shape[1] if output.dim() == 2 else None
+    return None
+
+
 def device_of(model: object) -> torch.device:
     """Where a model is; the CPU for what has no parameters."""
     tensors = [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else []
@@ -290,12 +331,6 @@ def _told(target: ExportTarget) -> Any:
     if isinstance(target, int | str) or callable(target):
         return plain(target)
     return plain(torch.as_tensor(target))
-
-
-def _class_of(label: Label | None, name: str) -> int:
-    if isinstance(label, int):
-        return label
-    raise TargetError(f"Expected a class number as the label of {name!r}, which is to be explained, got {label!r}.")
 
 
 def _labels(labels: Sequence[Label | None]) -> list[int | float] | list[str] | None:

@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 from attrbox.errors import AttrboxError, FileError, InputError, UnknownNameError, near_miss
 from attrbox.hdf5 import SCHEMA
 from attrbox.journal import recover
+from attrbox.labels import ClassNames
 
 Rows: TypeAlias = "int | str | slice | Sequence[int] | Sequence[str] | Tensor | NDArray[Any]"
 
@@ -228,6 +229,29 @@ class MapsFile(Mapping[str, MethodMaps]):
     def classes(self) -> list[str] | None:
         """The names of the classes, where known."""
         return self.file["classes"].asstr()[()].tolist() if "classes" in self.file else None
+
+    def class_name(self, index: int) -> str:
+        """A class by name and number, "cock (7)"; "class 7" where names are not known, empty where no class is (-1)."""
+        if index < 0:
+            return ""
+        classes = self._classes
+        return f"{classes[index]} ({index})" if classes and index < len(classes) else f"class {index}"
+
+    @cached_property
+    def labeled(self) -> NDArray[np.int64] | None:
+        """The true class of each sample, [N]; -1 where its label is no class of the model. None without labels."""
+        labels = self.column("label")
+        if labels is None:
+            return None
+        if labels.dtype.kind in "iub":
+            return labels.astype(np.int64)
+        names = ClassNames(None if self._classes is None else tuple(self._classes))
+        found = {label: names.find(label) if isinstance(label, str) else [] for label in set(labels.tolist())}
+        return np.array([found[label][0] if len(found[label]) == 1 else -1 for label in labels.tolist()], np.int64)
+
+    @cached_property
+    def _classes(self) -> list[str] | None:
+        return self.classes
 
     def column(self, name: str, label: str | None = None) -> NDArray[Any] | None:
         """What is known of the samples: "source", "label", "target", "prediction", "score", "seed", "pixels_sha256";

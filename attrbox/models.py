@@ -6,9 +6,8 @@ efficientnet_lite0          the classifier of the demo: real ImageNet weights fr
 """
 
 import dataclasses
-import difflib
 import importlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -20,7 +19,8 @@ from torch import Tensor, nn
 from torchvision.transforms import functional as transforms
 from torchvision.transforms.functional import InterpolationMode
 
-from attrbox.errors import AttrboxError, FileError, ModelError, UnknownNameError
+from attrbox.errors import AttrboxError, FileError, ModelError, UnknownNameError, nearest
+from attrbox.labels import ClassNames, imagenet_categories
 from attrbox.targets import unwrap
 
 SHORTHANDS = {"efficientnet_lite0": "attrbox.models:efficientnet_lite0"}
@@ -78,24 +78,14 @@ class LoadedModel:
         return self.categories[index] if self.categories is not None and known else f"class {index}"
 
     def class_index(self, name: str) -> int:
-        """The index of a class, given as its number or its name.
+        """The index of a class, given as its number, its name, or for those of ImageNet its WordNet id.
 
         Raises:
             UnknownNameError: no class has that name, or several do.
         """
         if name.lstrip("-").isdigit():
             return int(name)
-        found = [i for i, other in enumerate(self.categories or ()) if other.casefold() == name.casefold()]
-        if len(found) == 1:
-            return found[0]
-        if found:
-            raise UnknownNameError(f"The classes {found} of {self.name} are all called {name!r}. Give one's number.")
-        if self.categories is None:
-            raise UnknownNameError(f"The classes of {self.name} have no names. Give a number instead of {name!r}.")
-        raise UnknownNameError(
-            f"No class of {self.name} is called {name!r}. {_near(name, self.categories)}"
-            f"Give a name, or a number from 0 to {len(self.categories) - 1}."
-        )
+        return ClassNames(self.categories).index(name)
 
     @torch.no_grad()
     def predict(self, images: Tensor, batch_size: int = 16) -> tuple[Tensor, Tensor]:
@@ -137,7 +127,7 @@ def load_model(name: str, *, weights: str | Path | None = None, seed: int = 0) -
     if not (prefix and rest):
         raise UnknownNameError(
             f"Expected a model as torchvision:NAME, package.module:factory or {' or '.join(SHORTHANDS)}, got {name!r}. "
-            f"{_near(name, SHORTHANDS) or _near(name, torchvision_names(), 'torchvision:')}".rstrip()
+            f"{nearest(name, SHORTHANDS) or nearest(name, torchvision_names(), 'torchvision:')}".rstrip()
         )
     if prefix == "torchvision":
         return _torchvision(rest, weights, seed)
@@ -196,7 +186,7 @@ def _from_factory(module: str, factory: str, name: str) -> LoadedModel:
         ) from error
     for part in factory.split("."):
         if not hasattr(function, part):
-            near = _near(part, [known for known in vars(function) if not known.startswith("_")])
+            near = nearest(part, [known for known in vars(function) if not known.startswith("_")])
             raise UnknownNameError(f"{module!r} has no {factory!r}, which the model {name!r} asks for. {near}".strip())
         function = getattr(function, part)
     if isinstance(function, nn.Module):
@@ -227,15 +217,10 @@ def torchvision_names() -> list[str]:
     return list(torchvision.models.list_models(module=torchvision.models))
 
 
-def imagenet_categories() -> tuple[str, ...]:
-    """The names of the 1,000 classes of ImageNet."""
-    return tuple(torchvision.models.ResNet18_Weights.DEFAULT.meta["categories"])
-
-
 def _torchvision(name: str, weights: str | Path | None, seed: int) -> LoadedModel:
     if name not in torchvision_names():
         raise UnknownNameError(
-            f"torchvision has no classifier called {name!r}. {_near(name, torchvision_names())}"
+            f"torchvision has no classifier called {name!r}. {nearest(name, torchvision_names())}"
             "torchvision.models.list_models(module=torchvision.models) lists them."
         )
     known = torchvision.models.get_model_weights(name)
@@ -319,13 +304,6 @@ def efficientnet_lite0() -> LoadedModel:
 
 
 # ------------------------------------------------------------------------------------------------------------- helpers
-
-
-def _near(name: str, known: Iterable[str], prefix: str = "") -> str:
-    """A sentence with near misses, or nothing."""
-    by_folded = {known_name.casefold(): prefix + known_name for known_name in known}
-    near = [by_folded[match] for match in difflib.get_close_matches(name.casefold(), by_folded, n=3)]
-    return f"Did you mean {' or '.join(repr(match) for match in near)}? " if near else ""
 
 
 def _first_line(error: Exception) -> str:

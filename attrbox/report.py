@@ -115,29 +115,31 @@ def _known(maps: MapsFile, columns: Mapping[str, NDArray[Any] | None], place: in
     first = None if target is None else np.ravel(target)[0]
     score = None if value["score"] is None else float(np.ravel(value["score"])[0])
     explained, predicted = _class(maps, first), _class(maps, value["prediction"])
+    true = -1 if maps.labeled is None else int(maps.labeled[place])
     facts = [
-        ("label", _class(maps, value["label"])),
+        ("label", _text(value["label"]) if true < 0 else ""),
+        ("true class", maps.class_name(true)),
         ("predicted", predicted),
-        ("explained", explained if explained != predicted else ""),
+        ("explained", explained),
         ("score", "" if score is None else f"{score:.4g}"),
     ]
-    known = [value[name] is not None for name in ("label", "prediction")]
     return {
         "class": explained,
         "score": score if score is None or np.isfinite(score) else None,
-        "wrong": all(known) and str(value["label"]) != str(value["prediction"]),
+        "wrong": true >= 0 and value["prediction"] is not None and true != int(value["prediction"]) >= 0,
         "facts": [(name, text) for name, text in facts if text],
     }
 
 
+def _text(label: Any) -> str:
+    """A label that is no class of the model."""
+    if isinstance(label, float):
+        return f"{label:.4g}" if np.isfinite(label) else ""
+    return label if isinstance(label, str) else ""
+
+
 def _class(maps: MapsFile, value: Any) -> str:
-    if value is None or isinstance(value, str):
-        return value or ""
-    index = int(value)
-    classes = maps.classes
-    if index < 0:
-        return ""
-    return f"{classes[index]} ({index})" if classes and index < len(classes) else f"class {index}"
+    return "" if value is None else maps.class_name(int(value))
 
 
 def _heatmap(maps: MapsFile, label: str, place: int, side: int) -> NDArray[Any]:

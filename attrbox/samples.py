@@ -4,8 +4,10 @@ Image folders, torch datasets, data loaders and tensors are all `Samples`. A sam
 flaw: it says why, and nothing is raised. `batches` reads ahead, by processes if there are workers, else by a thread.
 """
 
+import copy
 import hashlib
 import io
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,9 +22,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSampler, Subset
 
 from attrbox.data import distinct_names, find_images, open_image
-from attrbox.errors import InputError
+from attrbox.errors import InputError, TargetError
 from attrbox.hashing import tensor_bytes
 from attrbox.hdf5 import storable
+from attrbox.labels import ClassNames, labels_by_table, names_of_labels
 
 Label: TypeAlias = int | float | str
 SamplesLike: TypeAlias = "Samples | Dataset[Any] | DataLoader[Any] | Sequence[Any] | Tensor | str | Path"
@@ -87,6 +90,10 @@ class Samples(Dataset[Sample]):
         collate: of a data loader; gets lists of one item.
         picture: makes a picture of an image, for `Sample.photograph`.
         fingerprint: tells this set of samples from others.
+        labels: of each sample, where they are known beforehand; they take the place of those of the items.
+
+    Attributes:
+        labels_sha256: tells how labels were given and translated from other ways; None if they are those of the items.
     """
 
     def __init__(
@@ -98,6 +105,7 @@ class Samples(Dataset[Sample]):
         collate: Callable[[list[Any]], Any] | None = None,
         picture: Callable[[Tensor], bytes] | None = None,
         fingerprint: str = "",
+        labels: Sequence[str] | None = None,
     ) -> None:
         self.items = items
         self.count = _length(items)
@@ -106,6 +114,10 @@ class Samples(Dataset[Sample]):
         self.preprocess = preprocess
         self.collate = collate
         self.picture = picture
+        self.labels: Sequence[Label] | None = labels
+        self.labels_sha256: str | None = None
+        self._ordered = labels is not None  # folders, which their alphabetical order counts
+        self._meanings: Sequence[Label] | None = None
         for what, texts in (("id", self.ids), ("source", self.sources)):
             if texts is not None and len(texts) != self.count:
                 raise InputError(f"Expected one {what} for each of the {self.count} samples, got {len(texts)}.")
@@ -119,7 +131,62 @@ class Samples(Dataset[Sample]):
         names = [self.ids[row] for row in rows]
         sources = None if self.sources is None else [self.sources[row] for row in rows]
         items = Subset(self.items, rows)
-        return Samples(items, names, sources, self.preprocess, self.collate, self.picture, f"part of {self.sha256}")
+        part = Samples(items, names, sources, self.preprocess, self.collate, self.picture, f"part of {self.sha256}")
+        part.labels = None if self.labels is None else [self.labels[row] for row in rows]
+        part._meanings, part.labels_sha256 = self._meanings, self.labels_sha256
+        return part
+
+    def labeled(self, table: Mapping[str, str]) -> "Samples":
+        """The same with labels by a table, file -> label (`attrbox.labels.read_labels`).
+
+        Raises:
+            InputError: a sample is not in the table, or several are one entry of it.
+        """
+        other = copy.copy(self)
+        other.labels, other._ordered = labels_by_table(table, self.ids, self.sources), False
+        return other
+
+    @property
+    def label_names(self) -> list[str] | None:
+        """What the labels are called, each once, where that is known beforehand.
+
+        Raises:
+            InputError: these are several data sets whose labels do not mean the same.
+        """
+        if self.labels is not None:
+            return sorted({str(label) for label in self.labels})
+        return names_of_labels(self.items)
+
+    def unlabeled(self) -> "Samples":
+        """The same without labels that are numbers: they mean nothing."""
+        other = copy.copy(self)
+        other._meanings = ()
+        return other
+
+    def translated(self, known: ClassNames, required: bool) -> "Samples":
+        """The same with the model's classes for labels, or else, if no class is required, with what labels are called.
+
+        Raises:
+            TargetError: a class is required, and a label means none, or may mean several.
+        """
+        names = self.label_names
+        if names is None:
+            return self
+        meanings: list[Label] = list(names)
+        try:
+            meanings = list(known.indices(names, ordered=self.labels is None or self._ordered))
+        except TargetError:
+            if required:
+                raise
+        other = copy.copy(self)
+        if self.labels is None:
+            other._meanings = meanings
+        else:
+            by_name = dict(zip(names, meanings, strict=True))
+            other.labels = [by_name[str(label)] for label in self.labels]
+        told = json.dumps([other.labels, other._meanings], ensure_ascii=False)
+        other.labels_sha256 = hashlib.sha256(told.encode("utf-8", "backslashreplace")).hexdigest()
+        return other
 
     def __len__(self) -> int:
         return self.count
@@ -134,13 +201,20 @@ class Samples(Dataset[Sample]):
             flaw = _flaw(image)
         except Exception as error:  # datasets are foreign code, and files are broken in all sorts of ways
             return Sample(row, flaw=" ".join(f"{type(error).__name__}: {error}".split())[:500])
+        label = self._meant(_label(label)) if self.labels is None else self.labels[row]
         if flaw:
-            return Sample(row, label=_label(label), flaw=flaw)
+            return Sample(row, label=label, flaw=flaw)
         image = image.detach()
         digest = hashlib.sha256(f"{image.dtype}\0{tuple(image.shape)}\0".encode())
         digest.update(tensor_bytes(image))
         picture = b"" if self.picture is None else self.picture(image)
-        return Sample(row, image, _label(label), "", digest.hexdigest(), picture)
+        return Sample(row, image, label, "", digest.hexdigest(), picture)
+
+    def _meant(self, label: Label | None) -> Label | None:
+        """A label of the items in translation; None for a number that is not one of theirs."""
+        if self._meanings is None or not isinstance(label, int):
+            return label
+        return self._meanings[label] if 0 <= label < len(self._meanings) else None
 
     def batches(self, rows: Sequence[list[int]], workers: int = 0) -> Iterator[Batch]:
         """Read these batches in order, the next ones while one is in use.
@@ -159,18 +233,16 @@ class Samples(Dataset[Sample]):
 
 
 class _Files:
-    """Image files, with labels if they lie in a folder per class."""
+    """Image files."""
 
-    def __init__(self, files: Sequence[Path], labels: Sequence[int] | None) -> None:
+    def __init__(self, files: Sequence[Path]) -> None:
         self.files = files
-        self.labels = labels
 
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, row: int) -> Any:
-        image = open_image(self.files[row])
-        return image if self.labels is None else (image, self.labels[row])
+    def __getitem__(self, row: int) -> Image.Image:
+        return open_image(self.files[row])
 
 
 def samples_of(
@@ -182,10 +254,10 @@ def samples_of(
 ) -> Samples:
     """The samples of an image folder or a list of files, of a torch dataset, a data loader, or a tensor [N, ...].
 
-    Files need `preprocess`. They are labelled where each lies in a subfolder of the one folder given: by the place of
-    that subfolder among all, in alphabetical order, as in `torchvision.datasets.ImageFolder`. Their fingerprint covers
-    names and sizes; of other data, it covers ids. Items are images, tuples that begin with an image and a label, or
-    mappings with "image" and "label". Of a data loader the dataset and the collating function are used.
+    Files need `preprocess`. Each is labeled by the name of its folder: the subfolder of the folder given, if all lie
+    in subfolders, or the folder given itself, if there are several and all lie directly in them. Their fingerprint
+    covers names and sizes; of other data, it covers ids. Items are images, tuples that begin with an image and a label,
+    or mappings with "image" and "label". Of a data loader the dataset and the collating function are used.
 
     Raises:
         FileError: there is no such file or folder, or no image in it.
@@ -221,16 +293,24 @@ def _of_files(
             "transforms of the model's weights, or a model of attrbox.models.load_model, which brings its own."
         )
     files = find_images(paths)
-    labels = None
-    if len(paths) == 1 and paths[0].is_dir():
-        below = [file.relative_to(paths[0]).parts for file in files]
-        if all(len(parts) > 1 for parts in below):
-            places = {name: place for place, name in enumerate(sorted({parts[0] for parts in below}))}
-            labels = [places[parts[0]] for parts in below]
+    labels = _folders(paths, files)
     names = distinct_names(files) if ids is None else ids
     sizes = ",".join(str(file.stat().st_size) for file in files)
     sources = [str(file.absolute()) for file in files]
-    return Samples(_Files(files, labels), names, sources, preprocess, None, picture, sizes)
+    return Samples(_Files(files), names, sources, preprocess, None, picture, sizes, labels)
+
+
+def _folders(paths: Sequence[Path], files: Sequence[Path]) -> list[str] | None:
+    """The name of each file's folder, if there is a folder for each class."""
+    if not all(path.is_dir() for path in paths):
+        return None
+    roots = [next(path for path in paths if file.is_relative_to(path)) for file in files]
+    below = [file.relative_to(root).parts for file, root in zip(files, roots, strict=True)]
+    if all(len(parts) > 1 for parts in below):
+        return [parts[0] for parts in below]
+    if len(paths) > 1 and all(len(parts) == 1 for parts in below):
+        return [root.absolute().name for root in roots]
+    return None
 
 
 @dataclass(frozen=True)

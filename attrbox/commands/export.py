@@ -28,6 +28,9 @@ def export(
         list[str], typer.Option("--methods", "--method", "-m", help="NAME[:OPTION=VALUE,...], separated by commas.")
     ] = [],  # noqa: B006
     target: Annotated[str | None, typer.Option(help="argmax, label, or a class by number or name.")] = None,
+    labels: Annotated[
+        Path | None, typer.Option(help="A CSV file of two columns, file and label; default: the names of the folders.")
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="The HDF5 file.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, float16 or float64.")] = None,
     compression: Annotated[str | None, typer.Option(help="none, lzf or gzip.")] = None,
@@ -48,6 +51,9 @@ def export(
 ) -> None:
     """The maps of any number of images into one HDF5 file; after a kill the same command goes on.
 
+    `--target label` explains the class that each image's folder is named after: by name, WordNet id or number, never
+    by the folder's place; or the one that a table gives it (--labels).
+
     Under torchrun each process writes its share, joined in the end. Exit status 0 if every image has every map, 1 if
     some have none (the file tells why), 2 if it could not begin or go on, as on a full disk; what is done stays.
 
@@ -59,6 +65,7 @@ def export(
 
     given = {
         "data.path": [str(path) for path in images] if images else None,
+        "data.labels": None if labels is None else str(labels),
         "model.name": model,
         "model.weights": weights,
         "methods": [{"name": name, **options} for name, options in parse_methods(methods)] if methods else None,
@@ -98,6 +105,7 @@ def _run(config: "Config", retry: bool, beside: bool, overwrite: bool, shard: st
         output.path,
         config.chosen_methods,
         target=target_of(config, loaded),
+        labels=config.data.labels,
         seed=config.run.seed,
         batch_size=config.run.batch_size,
         workers=config.run.workers,

@@ -53,6 +53,7 @@ def _record(maps: "MapsFile") -> dict[str, Any]:
             if name in attributes
         },
         "samples": maps.samples,
+        **_classes(maps),
         "settings": maps.settings,
         "resumed": json.loads(attributes.get("resumed", "[]")),
         "methods": {
@@ -73,6 +74,24 @@ def _record(maps: "MapsFile") -> dict[str, Any]:
     }
 
 
+def _classes(maps: "MapsFile") -> dict[str, Any]:
+    """How many samples there are of each class, true, predicted and explained, and how many predictions are true."""
+    import numpy as np
+
+    columns = {"true": maps.labeled, "predicted": maps.column("prediction"), "explained": maps.column("target")}
+    counts: dict[str, Any] = {}
+    for name, column in columns.items():
+        if column is not None:
+            values, times = np.unique(column[column >= 0], return_counts=True)
+            order = np.argsort(-times, kind="stable")
+            counts[name] = {maps.class_name(int(values[i])): int(times[i]) for i in order}
+    true, predicted = columns["true"], columns["predicted"]
+    if true is not None and predicted is not None:
+        both = (true >= 0) & (predicted >= 0)
+        counts["misclassified"] = int((true != predicted)[both].sum())
+    return {"classes": counts}
+
+
 def _text(record: dict[str, Any]) -> str:
     lines = [f"{record['path']}: {record['samples']} samples, {record['bytes'] / 2**20:.1f} MiB"]
     for name in ("created", "attrbox", "torch", "model", "weights_sha256"):
@@ -81,6 +100,13 @@ def _text(record: dict[str, Any]) -> str:
     for name in ("target", "seed", "batch_size", "precision", "channels"):
         if name in record["settings"]:
             lines.append(f"  {name}: {record['settings'][name]}")
+    for name, counts in record["classes"].items():
+        if isinstance(counts, int):
+            lines.append(f"  {name}: {counts}")
+        elif counts:
+            few = [f"{times} {which}" for which, times in list(counts.items())[:5]]
+            more = [f"{len(counts) - 5} more classes"] if len(counts) > 5 else []
+            lines.append(f"  {name}: {', '.join([*few, *more])}")
     for label, one in record["methods"].items():
         options = ", ".join(f"{name}={value}" for name, value in one["options"].items())
         lines.append(f"{label}: {one['done']} of {record['samples']} done, {one['shape']} {one['dtype']}")
