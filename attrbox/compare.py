@@ -5,6 +5,7 @@ methods, those that replay it come first, and then it is forgotten before the pa
 """
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,13 +15,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from attrbox.errors import InputError, OptionError, UnsupportedModelError
+from attrbox.errors import InputError, NonFiniteError, NonFiniteWarning, OptionError, UnsupportedModelError
 from attrbox.guard import check_model, untouched
 from attrbox.hdf5 import write_maps
 from attrbox.memory import backing_off, images_per_pass
 from attrbox.methods.base import Method, MethodSpec, choose
 from attrbox.methods.base import methods as registry
 from attrbox.methods.chunk import Settings
+from attrbox.methods.finite import check_scores, first_site, non_finite_rows, told
 from attrbox.methods.run import Run
 from attrbox.plots import plot_comparison
 from attrbox.seeds import check_seeds
@@ -66,7 +68,8 @@ def explain(
             differ by rounding.
         progress: show a progress bar on long work, if a terminal is there to show it.
         strict: refuse the model where the method leaves an operation to the true derivative because the engine does not
-            understand it, instead of naming it in the coverage.
+            understand it, instead of naming it in the coverage; and refuse maps that are NaN or infinite, instead of
+            warning of them (`NonFiniteWarning`).
         **options: the method's own (`attrbox.methods[method].options`).
 
     Returns:
@@ -235,6 +238,11 @@ def _run(given: object, images: Tensor, chosen: _Chosen, call: _Call) -> Compari
             chunk, size = backing_off(size, work)
             chunks.append(chunk)
             start += len(chunk.scores)
+        bad = _check_finite(chosen, chunks, model, images, settings)
+    for text in bad.values():
+        if call.strict:
+            raise NonFiniteError(text)
+        warnings.warn(text, NonFiniteWarning, stacklevel=3)
     return _collect(chosen, chunks, images, target, call.seed)
 
 
@@ -289,6 +297,8 @@ def _explain_chunk(run: Run, chosen: _Chosen, order: list[str], bar: Any, strict
     """All methods on one chunk."""
     clock = _Clock(run.images.device)
     scores = run.scores
+    if scores.device.type == "cpu":  # elsewhere the host would wait for it: at the end of the call
+        check_scores(run.model, scores, run.rows.start)
     chunk = _Chunk(scores, run.indices, run.predictions)
     chunk.seconds["forward pass"] = clock.lap()
     held = any(_replays(method) for _, method in chosen.values())
@@ -298,7 +308,12 @@ def _explain_chunk(run: Run, chosen: _Chosen, order: list[str], bar: Any, strict
         if held and not _replays(method):
             run.release()
             held = False
-        values = method.attribute(run)
+        try:
+            values = method.attribute(run)
+        except Exception as error:
+            first, last = run.rows.start, run.rows.stop - 1
+            error.add_note(f"This was raised while {label!r} explained the images {first} to {last}.")
+            raise
         if values.shape[:2] != scores.shape:
             raise OptionError(
                 f"The method {label!r} must return maps of shape [n, K, ...] with n, K = {list(scores.shape)}, "
@@ -314,6 +329,31 @@ def _explain_chunk(run: Run, chosen: _Chosen, order: list[str], bar: Any, strict
         done += method.passes_on(run.images) * len(scores)
         bar.update(done - bar.n)
     return chunk
+
+
+def _check_finite(
+    chosen: _Chosen, chunks: list[_Chunk], model: nn.Module, images: Tensor, settings: Settings
+) -> dict[str, str]:
+    """What is wrong with the maps of each method, if some are NaN or infinite. One look at the device for all.
+
+    Raises:
+        NonFiniteError: the scores are.
+    """
+    scores = torch.cat([chunk.scores for chunk in chunks])
+    bad = torch.stack(
+        [non_finite_rows(scores), *(torch.cat([non_finite_rows(c.values[label]) for c in chunks]) for label in chosen)]
+    )
+    if bad.is_meta or not bool(bad.any()):
+        return {}
+    check_scores(model, scores, 0)
+    found = {}
+    for (label, (_, method)), rows in zip(chosen.items(), bad[1:].cpu(), strict=True):
+        if bool(rows.any()):
+            first = int(rows.long().argmax())
+            run = Run(model, images[first : first + 1], settings, slice(first, first + 1), 1)
+            where = first_site(run, method) if method.needs_gradients else None
+            found[label] = told(label, rows.nonzero().flatten().tolist(), where)
+    return found
 
 
 def _not_understood(label: str, coverage: Coverage) -> UnsupportedModelError:

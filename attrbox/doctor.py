@@ -8,6 +8,7 @@ Every method that looks inside of the model is tried on a few images:
     refused      raises, with the reason
 """
 
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from attrbox.compare import explain
 from attrbox.engine.recorder import forward
-from attrbox.errors import AttrboxError, InputError
+from attrbox.errors import AttrboxError, InputError, NonFiniteWarning
 from attrbox.guard import check_model, untouched
 from attrbox.methods.base import methods as registry
 from attrbox.shapes import Attribution
@@ -89,7 +90,9 @@ def doctor(model: nn.Module, images: Tensor, methods: Iterable[str] | None = Non
     for name in names:
         options = {key: value for key, value in _BRIEF.items() if key in {i.name for i in registry[name].options}}
         try:
-            maps = explain(module, images, name, target=target, progress=False, **options)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", NonFiniteWarning)  # the verdict says so
+                maps = explain(module, images, name, target=target, progress=False, **options)
         except AttrboxError as error:
             findings.append(Finding(name, "refused", " ".join(str(error).split())))
             continue

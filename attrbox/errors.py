@@ -9,6 +9,7 @@
     ├── ModelError            a model that cannot be run or explained
     │   ├── ForwardError      the model itself raised; the original exception is the cause
     │   ├── UnsupportedModelError  scripted, compiled or replicated: operations cannot be seen
+    │   ├── NonFiniteError    scores, or with strict=True maps, that are NaN or infinite
     │   └── NoGradientError   the output does not depend on the images
     ├── RuleError             a propagation rule broke its contract
     ├── TrainingError         a model could not be trained; the original exception is the cause
@@ -59,6 +60,10 @@ class UnsupportedModelError(ModelError):
     """The model hides its operations (scripted, compiled, replicated)."""
 
 
+class NonFiniteError(ModelError):
+    """The explained scores, or with strict=True the maps, are NaN or infinite."""
+
+
 class NoGradientError(ModelError):
     """The explained score does not depend on the images."""
 
@@ -81,6 +86,10 @@ class FileError(AttrboxError, OSError):
 
 class PluginWarning(UserWarning):
     """A third-party plug-in could not be loaded; the rest works."""
+
+
+class NonFiniteWarning(UserWarning):
+    """Maps have values that are NaN or infinite; the message names the images and where these arose."""
 
 
 class OptimisationWarning(UserWarning):

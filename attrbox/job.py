@@ -1,5 +1,6 @@
 """A job: what is computed for the samples of a set, batch by batch, and what the results depend on."""
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
@@ -15,6 +16,7 @@ from attrbox.errors import (
     InputError,
     ModelError,
     NoGradientError,
+    NonFiniteWarning,
     RuleError,
     TargetError,
     UnknownNameError,
@@ -168,17 +170,19 @@ class Job:
     def _compare(self, batch: Batch, labels: Sequence[str], known: Tensor | None) -> Comparison:
         assert batch.images is not None
         rows = [sample.row for sample in batch.samples]
-        return compare(
-            self.model,
-            batch.images.to(device_of(self.model)),
-            [self.methods[label] for label in labels],
-            target=self._target(batch, known),
-            seed=self.seed if isinstance(self.seed, int) else [self.seed[row] for row in rows],
-            batch_size=self.batch_size,
-            precision=self.precision,
-            channels_last=self.channels_last,
-            progress=False,
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", NonFiniteWarning)  # the file says so, sample by sample
+            return compare(
+                self.model,
+                batch.images.to(device_of(self.model)),
+                [self.methods[label] for label in labels],
+                target=self._target(batch, known),
+                seed=self.seed if isinstance(self.seed, int) else [self.seed[row] for row in rows],
+                batch_size=self.batch_size,
+                precision=self.precision,
+                channels_last=self.channels_last,
+                progress=False,
+            )
 
     def _target(self, batch: Batch, known: Tensor | None) -> TargetLike:
         rows = [sample.row for sample in batch.samples]

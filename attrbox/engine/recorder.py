@@ -33,6 +33,7 @@ from attrbox.engine.operation import Operation, Parts
 from attrbox.engine.operations import interpret
 from attrbox.engine.site import ACTIVATIONS, LAYERS, Gradients, Rule, Site
 from attrbox.errors import (
+    AttrboxError,
     ForwardError,
     ModelError,
     OptionError,
@@ -69,7 +70,14 @@ class Replaying:
         rule = self.rule if self.rule is not None and self.rule.treats(site) else None
         reference = self.reference.inputs[site.index] if self.reference else None
         site = site.with_tensors(inputs, output, reference, type(rule).__name__ if rule else "")
-        found = site.true_gradient(grad) if rule is None else _propagated(rule, site, grad)
+        try:
+            found = site.true_gradient(grad) if rule is None else _propagated(rule, site, grad)
+        except Exception as error:
+            if rule is None or isinstance(error, AttrboxError) or is_out_of_memory(error):
+                raise
+            raise RuleError(
+                f"The rule {site.rule!r} raised {type(error).__name__} at {site.where}: {error}. Look at its propagate."
+            ) from error
         gradients = found if isinstance(found, tuple) else (found,)
         if len(gradients) != len(shapes) or not all(isinstance(gradient, Tensor) for gradient in gradients):
             raise RuleError(
