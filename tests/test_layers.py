@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1] / "attrbox"
 LAYERS = [
     ["attrbox.errors"],
     ["attrbox.files", "attrbox.hashing", "attrbox.progress", "attrbox.registry", "attrbox.shapes"],
-    ["attrbox.journal", "attrbox.tensorfiles"],
+    ["attrbox.journal", "attrbox.labels", "attrbox.tensorfiles"],
     ["attrbox.guard", "attrbox.memory", "attrbox.targets", "attrbox.perturbations"],
     ["attrbox.seeds", "attrbox.superpixels"],
     ["attrbox.engine.site", "attrbox.engine.stem", "attrbox.engine.grids"],
@@ -35,7 +35,7 @@ LAYERS = [
     ["attrbox.methods.chunk", "attrbox.methods.quadrature"],
     ["attrbox.methods.recorded"],
     ["attrbox.methods.run"],
-    ["attrbox.methods.learned_chain", "attrbox.methods.learned_rules"],
+    ["attrbox.methods.finite", "attrbox.methods.learned_chain", "attrbox.methods.learned_rules"],
     ["attrbox.methods.learning", "attrbox.methods.optimised", "attrbox.methods.perturbing"],
     ["attrbox.methods.cam"],
     ["attrbox.methods"],
