@@ -308,6 +308,7 @@ def _explain_chunk(run: Run, chosen: _Chosen, order: list[str], bar: Any, strict
         if held and not _replays(method):
             run.release()
             held = False
+        run.replayed.clear()
         try:
             values = method.attribute(run)
         except Exception as error:

@@ -410,8 +410,9 @@ class TestBoth:
         with nothing_changes(model := Fragile().eval(), x), pytest.warns(OptimisationWarning, match=r"images \[1\]"):
             maps = explain(model, x, method, iterations=4, history=1, **options)
         assert maps.details["failed"].flatten().tolist() == [False, True, False]
-        assert maps.details["iterations"].flatten().tolist() == [4, 0, 4]
-        assert (maps.details["history"][1] == 1).all()
+        first = {"mask": 1, "smask": 0}[method]  # mask begins with the image as it is
+        assert maps.details["iterations"].flatten().tolist() == [4, first, 4]
+        assert maps.details["history"][1].min() >= 0.9  # one step from the start at the most
         assert maps.values.isfinite().all()
         healthy = explain(model, x[[0, 2]], method, iterations=4, **options)
         torch.testing.assert_close(maps.values[[0, 2]], healthy.values)

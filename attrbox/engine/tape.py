@@ -48,6 +48,11 @@ class Tape:
         self._needs = recorder.needs if recorder else {}
         self._replaying = recorder.replaying if recorder else Replaying()
 
+    def serves(self, rule: Rule | None) -> bool:
+        """Whether all that the rule reads was kept, so that it can be replayed."""
+        wanted = {} if rule is None else _needs([rule])
+        return all(needs <= self._needs.get(kind, frozenset()) for kind, needs in wanted.items())
+
     def record_reference(self, reference: Tensor) -> Reference:
         """Forward a reference (batch of 1 for a shared one, or of n) and keep its activations at the sites.
 

@@ -103,7 +103,7 @@ class Method(ABC):
         """How the model's non-linear operations were treated."""
         if not self.needs_gradients:
             return Coverage(black_box=True)
-        return next((run.tape.coverage(rule) for rule in self.rules if rule is not None), Coverage())
+        return next((run.tape.coverage(rule) for rule in (*self.rules, *run.replayed) if rule is not None), Coverage())
 
 
 @dataclass(frozen=True)

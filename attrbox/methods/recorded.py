@@ -33,8 +33,10 @@ class Recorded(Chunk):
         asked: Collection[object] = (),
     ) -> None:
         super().__init__(model, images, settings, rows, per_pass)
-        self._rules = rules
-        self._layers = layers
+        self._rules = list(rules)
+        self._layers = list(layers)
+        self._spent = False  # whether the last declared replay has freed the tape's activations
+        self.replayed: list[Rule] = []  # what the method of the moment asked for
         self._taped = bool(rules or layers)
         self._keep = keep
         self._asked = asked
@@ -49,12 +51,28 @@ class Recorded(Chunk):
 
         return self.once(("tape",), compute)
 
-    def release(self) -> None:
-        """Forget the recorded pass, once the methods that replay it are done."""
+    def _serve(self, rule: Rule | None = None, layers: Sequence[str | None] = ()) -> Tape:
+        """The recorded pass, recorded again if it cannot serve these: where a method did not declare what it asks for,
+        or its activations are freed. So a map depends neither on the declaration nor on the methods beside it."""
+        missing = [layer for layer in layers if layer not in self._layers]
+        known = rule is None or any(rule == other for other in self._rules) or self.tape.serves(rule)
+        if self._spent or missing or not known:
+            self._forget()
+            self._rules += [] if known else [rule]
+            self._layers += missing
+            self._spent, self._keep = False, True
+        return self.tape
+
+    def _forget(self) -> None:
         self._scored()  # outlives the tape, as the path and noise methods need the targets
         self._cache = {
             key: value for key, value in self._cache.items() if key[0] not in ("tape", "output", "reference")
         }
+
+    def release(self) -> None:
+        """Forget the recorded pass, once the methods that replay it are done."""
+        self._forget()
+        self._spent = False
 
     @property
     def scores(self) -> Tensor:
@@ -117,6 +135,7 @@ class Recorded(Chunk):
                 self.tape.replay(scores[:, k], [inputs], rule, reference=reference, keep=self._keep or k + 1 < count)[0]
                 for k in range(count)
             ]
+        self._spent = not self._keep
         return torch.stack(gradients, 1).to(self.images.dtype)
 
     def gradient(self, rule: Rule | None = None, baseline: float | Tensor = 0.0) -> Tensor:
@@ -128,8 +147,10 @@ class Recorded(Chunk):
         """
         uses_reference = rule is not None and rule.uses_reference
         key = ("gradient", rule, identity(baseline) if uses_reference else None)
+        self.replayed += [] if rule is None else [rule]
 
         def compute() -> Tensor:
+            self._serve(rule)
             reference = self.reference(baseline) if uses_reference else None
             return self._replay(self.tape.images, rule, reference)
 
@@ -137,6 +158,8 @@ class Recorded(Chunk):
 
     def gradient_of_one(self, row: int, column: int, rule: Rule) -> Tensor:
         """The gradient of one score of one image with respect to that image, propagated by `rule`, [C, H, W]."""
+        self.replayed.append(rule)
+        self._serve(rule)
         with self.autocast():
             score = self.settings.target.score(self._output(), self.indices)[row, column]
             return self.tape.replay(score, [self.tape.images], rule)[0][row].to(self.images.dtype)
@@ -145,7 +168,8 @@ class Recorded(Chunk):
         """A layer's output [n, C, ...], and the gradient of each score with respect to it, [n, K, C, ...]."""
 
         def compute() -> tuple[Tensor, Tensor]:
-            features, grid = self.tape.feature_maps[layer], self.tape.grids[layer]
+            tape = self._serve(layers=[layer])
+            features, grid = tape.feature_maps[layer], tape.grids[layer]
             gradient = self._replay(features)
             spatial = grid.spatial(gradient.flatten(0, 1))
             return (
