@@ -6,7 +6,9 @@ transformer: the patch embedding) and knows the grid again in what comes after i
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -45,18 +47,27 @@ class Follower:
 
     Of tokens with a prefix, which is what such models classify by, the map is the one before the last attention: behind
     it nothing of the others reaches the class token any more.
+
+    Attributes:
+        nodes: of the autograd graph, one for each feature map that was the last one for a while.
     """
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, most: int | None = None) -> None:
+        """Follow `count` images; stop at the first `most` feature maps, if given."""
         self.count = count
+        self.most = most
+        self.nodes: list[Any] = []
         self.found: tuple[Tensor, Grid] | None = None
         self._before_attention: tuple[Tensor, Grid] | None = None
 
     def see(self, name: str, result: Tensor) -> None:
         """An operation of this name made an activation."""
+        if len(self.nodes) == self.most:
+            return
         if name in CONVOLUTIONS:
             if result.dim() >= 3 and max(result.shape[2:]) > 1:
-                self.found, self._before_attention = (result, Grid(tuple(result.shape[2:]))), None
+                self._take(result, Grid(tuple(result.shape[2:])))
+                self._before_attention = None
             return
         if self.found is None:
             return
@@ -67,7 +78,11 @@ class Follower:
             grid = Grid(tuple(result.shape[1:-1]), last=True)  # neighbours merged
         if grid is None or "pool" in name or (grid.prefix is not None and name not in _STREAM):
             return
+        self._take(result, grid)
+
+    def _take(self, result: Tensor, grid: Grid) -> None:
         self.found = (result, grid)
+        self.nodes.append(result.grad_fn)
 
     def grid_of(self, activation: Tensor) -> Grid | None:
         """How an activation is laid out, by its sizes; None if the grid is not to be found in it."""
@@ -89,3 +104,22 @@ class Follower:
         if self.found is not None and self.found[1].prefix and self._before_attention is not None:
             return self._before_attention
         return self.found
+
+
+def last_on_the_way(nodes: list[Any], scores: Iterable[Tensor]) -> int:
+    """How many of the nodes there are up to the last one from which every score comes; all of them if there is none."""
+    reached = [_behind(score.grad_fn) for score in scores]
+    places = [place for place, node in enumerate(nodes, 1) if all(node in behind for behind in reached)]
+    return places[-1] if places else len(nodes)
+
+
+def _behind(node: Any) -> set[Any]:
+    """All nodes of the autograd graph that a node comes from, and itself."""
+    found: set[Any] = set()
+    todo = [node]
+    while todo:
+        one = todo.pop()
+        if one is not None and one not in found:
+            found.add(one)
+            todo.extend(following for following, _ in one.next_functions)
+    return found

@@ -162,6 +162,7 @@ class Recorder(TorchFunctionMode):
         reference: bool = False,
         twice: bool = False,
         count: int = 1,
+        maps: int | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -172,7 +173,7 @@ class Recorder(TorchFunctionMode):
         self.needs = needs
         self.feature_maps: dict[str | None, Tensor] = {}
         self.grids: dict[str | None, Grid] = {}
-        self._follower = Follower(count) if layers else None
+        self._follower = Follower(count, maps) if layers else None
         self._inside = 0  # of functions that are run part by part
         self.replaying = Replaying()
         self.kept: list[tuple[Tensor, ...] | None] = []  # inputs at the sites, in a reference recording
@@ -361,6 +362,11 @@ class Recorder(TorchFunctionMode):
         elif not (isinstance(first, Tensor) and is_decision(function) and args and is_activation(args[0])):
             return
         self.unknown.append(self._here(name_of(function)))
+
+    @property
+    def map_nodes(self) -> list[Any]:
+        """See `Follower.nodes`."""
+        return self._follower.nodes if self._follower is not None else []
 
     def finish(self, output: Any) -> None:
         """After the forward pass: what went past the function mode, and layers that did not run.

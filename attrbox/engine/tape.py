@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
-from attrbox.engine.grids import Grid
+from attrbox.engine.grids import Grid, last_on_the_way
 from attrbox.engine.recorder import Recorder, Reference, Replaying, checkpointed, forward
 from attrbox.engine.site import LAYERS, Rule, Site
 from attrbox.errors import (
@@ -45,8 +45,15 @@ class Tape:
         self.layers_before: tuple[tuple[int, bool], ...] = tuple(recorder.layers_before) if recorder else ()
         self.feature_maps: dict[str | None, Tensor] = recorder.feature_maps if recorder else {}
         self.grids: dict[str | None, Grid] = recorder.grids if recorder else {}
+        self._map_nodes = recorder.map_nodes if recorder else []
         self._needs = recorder.needs if recorder else {}
         self._replaying = recorder.replaying if recorder else Replaying()
+
+    def maps_on_the_way(self, scores: Sequence[Tensor]) -> int | None:
+        """How many spatial feature maps to follow so that the last one lies on the way to all of these scores; None if
+        it does, as it should where the model has no other heads or unused branches."""
+        wanted = last_on_the_way(self._map_nodes, scores)
+        return None if wanted == len(self._map_nodes) else wanted
 
     def serves(self, rule: Rule | None) -> bool:
         """Whether all that the rule reads was kept, so that it can be replayed."""
@@ -149,6 +156,7 @@ def record(
     rules: Collection[Rule | None] = (),
     layers: Collection[str | None] = (),
     twice: bool = False,
+    maps: int | None = None,
 ) -> Tape:
     """Run `model` on `images` once, so that it can be replayed under each of `rules`.
 
@@ -162,6 +170,7 @@ def record(
         layers: modules whose output is wanted in `feature_maps`; None means the last spatial feature map.
         twice: replays will be differentiated once more (`create_graph`), for the parameters of a rule: convolutions
             and linear layers are recorded so that this is cheap.
+        maps: follow only so many spatial feature maps (`Tape.maps_on_the_way`); the last of them is the layer None.
 
     Raises:
         ForwardError: the model raised.
@@ -176,7 +185,7 @@ def record(
     needs = _needs(asking)
     copies: frozenset[int] = frozenset()
     while True:
-        recorder = Recorder(model, needs, layers, copies, twice=twice, count=len(images))
+        recorder = Recorder(model, needs, layers, copies, twice=twice, count=len(images), maps=maps)
         output = forward(model, leaf.clone(), recorder)
         if not (stale := recorder.stale()):
             break

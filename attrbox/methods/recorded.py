@@ -35,6 +35,7 @@ class Recorded(Chunk):
         super().__init__(model, images, settings, rows, per_pass)
         self._rules = list(rules)
         self._layers = list(layers)
+        self._maps: int | None = None  # how many feature maps to follow, where the last is not on the way to the scores
         self._spent = False  # whether the last declared replay has freed the tape's activations
         self.replayed: list[Rule] = []  # what the method of the moment asked for
         self._taped = bool(rules or layers)
@@ -47,7 +48,7 @@ class Recorded(Chunk):
 
         def compute() -> Tape:
             with self.autocast():
-                return record(self.model, self.images, self._rules, self._layers)
+                return record(self.model, self.images, self._rules, self._layers, maps=self._maps)
 
         return self.once(("tape",), compute)
 
@@ -169,6 +170,12 @@ class Recorded(Chunk):
 
         def compute() -> tuple[Tensor, Tensor]:
             tape = self._serve(layers=[layer])
+            if layer is None and self._maps is None:
+                scores = self.settings.target.score(self._output(), self.indices)
+                self._maps = tape.maps_on_the_way(scores.unbind(1))
+                if self._maps is not None:
+                    self._forget()
+                    tape = self.tape
             features, grid = tape.feature_maps[layer], tape.grids[layer]
             gradient = self._replay(features)
             spatial = grid.spatial(gradient.flatten(0, 1))
