@@ -152,7 +152,7 @@ class _Fitting(Rule):
             leaf = weight.clone().requires_grad_()
             output = site.options["apply"](site.input.detach(), leaf, None)
         y = output.detach()
-        axis = y.dim() - 1 if site.kind == "linear" else 1
+        axis = y.dim() + site.options["axis"]
         neurons = [-1 if place == axis else 1 for place in range(y.dim())]
         others = [place for place in range(y.dim()) if place != axis]
         level = 0 if bias is None else bias.view(neurons)

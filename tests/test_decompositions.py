@@ -193,21 +193,6 @@ def test_one_reference_where_the_model_lays_batch_and_windows_together():
         )
 
 
-def test_packed_sequences_and_projected_states_are_left_whole_and_named():
-    def packed(z, m):
-        lengths = torch.full((len(z),), z.shape[1])
-        return m(nn.utils.rnn.pack_padded_sequence(z, lengths, batch_first=True))[1][0].transpose(0, 1)
-
-    for function, module in (
-        (packed, nn.LSTM(8, 3, batch_first=True)),
-        (lambda z, m: m(z)[0], nn.LSTM(8, 3, proj_size=2, batch_first=True)),
-    ):
-        model = seeded(lambda function=function, module=module: Whole(function, module))
-        maps = attrbox.explain(model, X, "deeplift", target=1)
-        assert {operated.operation for operated in maps.coverage.unknown} <= {"lstm", "pack_padded_sequence"}
-        assert "lstm" in str(maps.coverage)
-
-
 def test_attention_halves_the_relevance_of_its_products_and_conserves_it():
     # AttnLRP: without biases, in a linear network behind and before, the relevance of softmax(q k) v halves at each
     # product: that of v is half of the output's.

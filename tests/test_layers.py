@@ -22,7 +22,7 @@ LAYERS = [
     ["attrbox.engine.linear"],
     ["attrbox.engine.operation"],
     ["attrbox.engine.elementwise"],
-    ["attrbox.engine.dependent"],
+    ["attrbox.engine.dependent", "attrbox.engine.recurrent"],
     ["attrbox.engine.products", "attrbox.engine.reductions", "attrbox.engine.decompositions"],
     ["attrbox.engine.operations", "attrbox.engine.layers"],
     ["attrbox.engine.recorder"],

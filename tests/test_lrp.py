@@ -539,6 +539,50 @@ def test_a_batch_norm_along_another_axis_than_the_outputs_is_a_layer_of_its_own(
     torch.testing.assert_close(got.flatten(1), torch.stack(expected), rtol=1e-9, atol=1e-11)
 
 
+def test_layers_without_a_batch_axis_are_layers():
+    """A model that takes its rows one by one."""
+
+    class Rows(nn.Module):
+        def __init__(self, loops: bool) -> None:
+            super().__init__()
+            self.conv, self.up = nn.Conv2d(3, 4, 3, groups=1), nn.ConvTranspose2d(4, 4, 2, groups=2)
+            self.fc, self.head, self.loops = nn.Linear(64, 5), nn.Linear(5, 3), loops
+
+        def row(self, x):
+            y = self.up(self.conv(x).relu())[..., 1:, 1:].relu()
+            return self.head(self.fc(y.flatten(-3)).relu())
+
+        def forward(self, x):
+            return torch.stack([self.row(image) for image in x]) if self.loops else self.row(x)
+
+    whole, loops = (seeded(lambda each=each: Rows(each)) for each in (False, True))
+    x = images(2, 3, 6, 6)
+    for method in sorted({*METHODS} - {"epsilon_gamma_box", "deep_taylor"}):  # where only one layer is the first
+        one, two = (attrbox.explain(model, x, method, target=1, audit=True) for model in (whole, loops))
+        torch.testing.assert_close(one.values, two.values, msg=method)
+        audits = [maps.coverage.conservation for maps in (one, two)]
+        for name in ("bias", "stabiliser", "clamp", "constants"):
+            sums = [
+                getattr(audit, name).flatten(2).sum(-1) if name != "constants" else audit.constants for audit in audits
+            ]
+            torch.testing.assert_close(*sums, msg=f"{method}: {name}")
+
+
+@pytest.mark.parametrize("shape", [(7,), (3, 7)])
+def test_the_box_of_vectors_is_their_own(shape):
+    x, wide = images(3, *shape), 5 * math.prod(shape) // 7
+    model = seeded(lambda: nn.Sequential(nn.Linear(7, 5), nn.ReLU(), nn.Flatten(), nn.Linear(wide, 3)))
+    whole = attrbox.explain(model, x, "epsilon_gamma_box", target=1).values
+    alone = torch.cat([attrbox.explain(model, row[None], "epsilon_gamma_box", target=1).values for row in x])
+    torch.testing.assert_close(whole, alone)
+    low, high = x[0].amin(-1, keepdim=True).expand(shape), x[0].amax(-1, keepdim=True).expand(shape)
+    m, b = matrix(model[0], shape)
+    relevance = images(1, len(m), seed=4)
+    products = m * x[0].flatten() - pos(m) * low.flatten() - neg(m) * high.flatten()
+    got = relevance_of(ZBox(), model[0], x[:1], relevance)
+    torch.testing.assert_close(got.flatten(), shared(products, 0 * b, relevance[0], STABILISER))
+
+
 @pytest.mark.parametrize("turned", [False, True])
 def test_a_transposed_convolution_used_past_its_batch_norm(turned):
     class Both(nn.Module):

@@ -496,10 +496,12 @@ def test_the_oracle_notices_a_rule_of_another_name(rule, name, impostor):
         lambda gate: gate.view(-1, 2, 1, 1),
         lambda gate: gate[:, :, None, None].expand(-1, -1, 3, 3),
         lambda gate: gate.unsqueeze(2).unsqueeze(3),
+        lambda gate: 1 - (1 - gate).view(-1, 2, 1, 1),
+        lambda gate: torch.ones_like(gate).sub(torch.rsub(gate, torch.ones_like(gate)))[:, :, None, None],
     ],
-    ids=["view", "expand", "unsqueeze"],
+    ids=["view", "expand", "unsqueeze", "complement", "tensor complement"],
 )
-def test_a_gate_is_known_behind_a_change_of_shape(reach):
+def test_a_gate_is_known_behind_a_change_of_shape_and_as_a_complement(reach):
     # The usual way to write squeeze-and-excitation with linear layers: all relevance goes to the signal.
     class Gated(nn.Module):
         def forward(self, x):

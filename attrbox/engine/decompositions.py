@@ -6,7 +6,6 @@ to the recorder one by one. Those whose code is not Python are written out here.
 
 import math
 import types
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from attrbox.engine.dependent import DEPENDENT
 from attrbox.engine.elementwise import spellings
 from attrbox.engine.linearity import argument, flat, is_activation
 from attrbox.engine.operation import Function, Parts
+from attrbox.engine.recurrent import gru_cell, lstm_cell, recurrent, rnn_cell
 
 
 def parts_of(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Parts | None:
@@ -153,87 +153,6 @@ def _cosine(x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8) -> Tensor:
     return (F.normalize(x1, dim=dim, eps=eps) * F.normalize(x2, dim=dim, eps=eps)).sum(dim)
 
 
-# --------------------------------------------------------------------------------------------------- recurrent cells
-
-
-def _lstm_cell(
-    input: Tensor,
-    hx: Sequence[Tensor],
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None = None,
-    b_hh: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    hidden, cell = hx
-    gates = (F.linear(input, w_ih, b_ih) + F.linear(hidden, w_hh, b_hh)).chunk(4, -1)
-    enter, forget, out = (gates[place].sigmoid() for place in (0, 1, 3))
-    cell = forget * cell + enter * gates[2].tanh()
-    return out * cell.tanh(), cell
-
-
-def _gru_cell(
-    input: Tensor, hx: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None, b_hh: Tensor | None = None
-) -> Tensor:
-    new, old = F.linear(input, w_ih, b_ih).chunk(3, -1), F.linear(hx, w_hh, b_hh).chunk(3, -1)
-    reset, keep = (new[0] + old[0]).sigmoid(), (new[1] + old[1]).sigmoid()
-    proposed = (new[2] + reset * old[2]).tanh()
-    return proposed + keep * (hx - proposed)
-
-
-def _rnn_cell(activation: Function) -> Function:
-    def cell(
-        input: Tensor, hx: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None, b_hh: Tensor | None = None
-    ) -> Any:
-        return activation(F.linear(input, w_ih, b_ih) + F.linear(hx, w_hh, b_hh))
-
-    return cell
-
-
-def _unpacked(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a recurrent layer takes a plain tensor, and no projections of its state."""
-    return isinstance(args[3], bool) and len(args[2]) == args[4] * (1 + args[7]) * (4 if args[3] else 2)
-
-
-def _recurrent(cell: Function, states: int) -> Function:
-    """A recurrent layer, step by step: `states` are 2 for an LSTM's hidden and cell state, else 1."""
-
-    def run(
-        input: Tensor,
-        hx: Any,
-        weights: Sequence[Tensor],
-        biased: bool,
-        layers: int,
-        dropout: float,
-        training: bool,
-        bidirectional: bool,
-        batch_first: bool,
-    ) -> tuple[Tensor, ...]:
-        starts = [state.unbind(0) for state in (hx if states == 2 else (hx,))]
-        ends: list[tuple[Tensor, ...]] = []
-        ways, each = 1 + bidirectional, 4 if biased else 2
-        steps: Sequence[Tensor] = input.unbind(1 if batch_first else 0)
-        for layer in range(layers):
-            outputs = []
-            for way in range(ways):
-                place = layer * ways + way
-                own = weights[place * each : (place + 1) * each]
-                state = tuple(start[place] for start in starts)
-                found = []
-                for step in reversed(steps) if way else steps:
-                    after = cell(step, state if states == 2 else state[0], *own)
-                    state = after if states == 2 else (after,)
-                    found.append(state[0])
-                outputs.append(found[::-1] if way else found)
-                ends.append(state)
-            steps = [torch.cat(both, -1) for both in zip(*outputs, strict=True)] if bidirectional else outputs[0]
-            if layer + 1 < layers:
-                steps = [F.dropout(step, dropout, training) for step in steps]
-        last = (torch.stack([end[i] for end in ends]) for i in range(states))
-        return (torch.stack(list(steps), 1 if batch_first else 0), *last)
-
-    return run
-
-
 # ---------------------------------------------------------------------------------------------------------- table
 
 
@@ -268,14 +187,14 @@ def _table() -> dict[Function, Parts]:
     enter("product", _product, *spellings("prod"))
     enter("vector_norm quotient hardtanh product", _cosine, F.cosine_similarity)
     gated = "linear sigmoid tanh product"
-    enter(gated, _lstm_cell, torch.lstm_cell)
-    enter(gated, _gru_cell, torch.gru_cell)
-    enter("linear tanh", _rnn_cell(torch.tanh), torch.rnn_tanh_cell)
-    enter("linear relu", _rnn_cell(torch.relu), torch.rnn_relu_cell)
-    enter(gated, _recurrent(_lstm_cell, 2), torch.lstm, accepts=_unpacked)
-    enter(gated, _recurrent(_gru_cell, 1), torch.gru, accepts=_unpacked)
-    enter("linear tanh", _recurrent(_rnn_cell(torch.tanh), 1), torch.rnn_tanh, accepts=_unpacked)
-    enter("linear relu", _recurrent(_rnn_cell(torch.relu), 1), torch.rnn_relu, accepts=_unpacked)
+    for kinds, cell, alone, layer in (
+        (gated, lstm_cell, torch.lstm_cell, torch.lstm),
+        (gated, gru_cell, torch.gru_cell, torch.gru),
+        ("linear tanh", rnn_cell(torch.tanh), torch.rnn_tanh_cell, torch.rnn_tanh),
+        ("linear relu", rnn_cell(torch.relu), torch.rnn_relu_cell, torch.rnn_relu),
+    ):
+        enter(kinds, cell, alone)
+        enter(kinds, recurrent(cell), layer, accepts=lambda args, kwargs: not kwargs)
     return table
 
 

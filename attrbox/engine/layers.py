@@ -49,8 +49,7 @@ def layer_of(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         return None
     names = ("input", "weight", "bias")
     x, weight, bias = (argument(args, kwargs, place, name, None) for place, name in enumerate(names))
-    batched = x.dim() == weight.dim() if kind == "convolution" else x.dim() > 1
-    if not is_activation(x) or is_activation(weight) or is_activation(bias) or not batched:
+    if not is_activation(x) or is_activation(weight) or is_activation(bias):
         return None
     rest, others = args[3:], {name: value for name, value in kwargs.items() if name not in names}
 
@@ -60,7 +59,8 @@ def layer_of(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     groups = 0  # not turned
     if kind == "convolution" and "transpose" in function.__name__:
         groups = argument(args, kwargs, 6, "groups", 1)
-    return _layer(kind, x, lambda x: apply(x, weight, bias), apply, weight, bias, groups)
+    axis = -1 if kind == "linear" else 1 - weight.dim()
+    return _layer(kind, x, lambda x: apply(x, weight, bias), apply, weight, bias, axis, groups)
 
 
 def _batch_norm(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operation | None:
@@ -75,7 +75,7 @@ def _batch_norm(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any
         scaled = x * weight.view(channels)
         return scaled if bias is None else scaled + bias.view(channels)
 
-    return _layer("batch_norm", x, _with_input(function, args, kwargs), apply, *affine)
+    return _layer("batch_norm", x, _with_input(function, args, kwargs), apply, *affine, 1 - x.dim())
 
 
 def _matrix_product(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operation | None:
@@ -89,7 +89,7 @@ def _matrix_product(function: Function, args: tuple[Any, ...], kwargs: dict[str,
     beta, alpha = options.get("beta", 1), options.get("alpha", 1)
     weight = matrix.mT if alpha == 1 else alpha * matrix.mT
     bias = beta * addends[0].expand(1, len(weight))[0] if addends and beta else None
-    return _layer("linear", x, lambda x: function(*addends, x, matrix, **options), F.linear, weight, bias)
+    return _layer("linear", x, lambda x: function(*addends, x, matrix, **options), F.linear, weight, bias, -1)
 
 
 def _with_input(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Function:
@@ -105,10 +105,11 @@ def _layer(
     apply: Function,
     weight: Tensor,
     bias: Tensor | None,
+    axis: int,
     groups: int = 0,
     joined: bool = False,
 ) -> Operation:
-    options = {"apply": apply, "weight": weight, "bias": bias, "nonnegative": _is_nonnegative(x)}
+    options = {"apply": apply, "weight": weight, "bias": bias, "nonnegative": _is_nonnegative(x), "axis": axis}
     options |= {"turned": groups, "joined": joined}
     return Operation(kind, (x,), run, lambda x: apply(x, weight, bias), options=options)
 
@@ -121,7 +122,8 @@ def with_batch_norm(
     affine = norm.affine if norm else None
     if norm is None or affine is None or norm.input is not output or not norm.constant:
         return None
-    if layer.kind == "linear" and output.dim() > 2:  # its outputs are the last axis, the batch-norm's channels are not
+    axis, groups = layer.options["axis"], layer.options["turned"]
+    if output.dim() + axis != 1:  # a batch-norm's channels are axis 1, a linear layer's outputs the last one
         return None
     (scale, shift), bias = affine, layer.options["bias"]
     run = _with_input(function, args, kwargs)
@@ -130,9 +132,10 @@ def with_batch_norm(
         layer.inputs[0],
         lambda x: run(output.detach()),
         layer.options["apply"],
-        _scaled(layer.options["weight"], scale, layer.options["turned"]),
+        _scaled(layer.options["weight"], scale, groups),
         shift if bias is None else bias * scale + shift,
-        layer.options["turned"],
+        axis,
+        groups,
         joined=True,
     )
 

@@ -33,7 +33,7 @@ _LINEAR = frozenset(
     adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d affine_grid embedding interpolate upsample
     upsample_nearest upsample_bilinear pixel_shuffle pixel_unshuffle channel_shuffle pad constant_pad_nd zero_pad2d
     fold unfold cat concat concatenate stack hstack vstack dstack column_stack split chunk tensor_split
-    split_with_sizes unbind view reshape view_as reshape_as
+    split_with_sizes pack_padded_sequence pad_packed_sequence pad_sequence unbind view reshape view_as reshape_as
     flatten unflatten ravel squeeze unsqueeze transpose permute movedim moveaxis swapaxes swapdims t T mT H
     contiguous expand expand_as broadcast_to repeat repeat_interleave tile flip fliplr flipud roll rot90 narrow
     select index_select getitem setitem gather take_along_dim masked_select diagonal diag tril triu clone to float

@@ -23,10 +23,17 @@ def _product(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 
 def _is_gate(factor: Tensor) -> bool:
-    """Whether a sigmoid made the factor, recorded or native, up to changes of its shape."""
+    """Whether a sigmoid made the factor, or its complement 1 - gate; recorded or native, up to changes of its shape."""
     node = factor.grad_fn
-    while node is not None and type(node).__name__.rstrip("0123456789") in _RESHAPING:
-        node = node.next_functions[0][0]
+    while node is not None:
+        name = type(node).__name__.rstrip("0123456789")
+        makers = [following for following, _ in node.next_functions]
+        if name in _RESHAPING or (name == "RsubBackward" and makers[1:] in ([], [None])):
+            node = makers[0]
+        elif name == "SubBackward" and makers[0] is None:
+            node = makers[1]
+        else:
+            break
     site = getattr(node, "site", None)
     if isinstance(site, Site):
         return site.kind in GATES

@@ -178,6 +178,7 @@ class Recorder(TorchFunctionMode):
         self.replaying = Replaying()
         self.kept: list[tuple[Tensor, ...] | None] = []  # inputs at the sites, in a reference recording
         self.layers_before: list[tuple[int, bool]] = []  # see `Tape.layers_before`
+        self.by_row = False  # whether rows of the batch take ways of their own
         self._linear = LinearCalls() if twice else None
         self._treats_layers = not LAYERS.isdisjoint(needs)
         self._last_layer: tuple[Site, Operation, Tensor, int] | None = None  # with its output, and its version
@@ -203,6 +204,8 @@ class Recorder(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if function is torch._pack_padded_sequence:  # of lengths that the images have
+            self.by_row = True
         operation = interpret(function, args, kwargs)
         parts = parts_of(function, args, kwargs) if operation is None else None
         # Fused attention and recurrent kernels have no second derivative; their parts have.

@@ -53,9 +53,10 @@ class Site:
             (neighbouring elements that are normed together), `weight`, `centred` and `eps` of a norm; whether a
             quotient's numerator is `constant`; the `sign` of a maximum, -1 for a minimum; `weight`, `bias` and `apply`
             (input, weight, bias -> output) of a layer, whether it is the `first` or (set on that one only) the `last`
-            one of the model, whether its input is known to be `nonnegative`, the groups of a transposed convolution
-            (`turned`, 0 for all others), whether it has a batch-norm `joined` to it, and the site of the `activation`
-            that alone takes its output; at that activation, the kind of that `layer`.
+            one of the model, whether its input is known to be `nonnegative`, the `axis` of its channels, counted from
+            the end, the groups of a transposed convolution (`turned`, 0 for all others), whether it has a batch-norm
+            `joined` to it, and the site of the `activation` that alone takes its output; at that activation, the kind
+            of that `layer`.
         shapes: of the inputs.
 
     The tensors below have the batch first. They are kept only if some rule of the recording `needs` them; reading

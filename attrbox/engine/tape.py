@@ -46,6 +46,7 @@ class Tape:
         self.feature_maps: dict[str | None, Tensor] = recorder.feature_maps if recorder else {}
         self.grids: dict[str | None, Grid] = recorder.grids if recorder else {}
         self._map_nodes = recorder.map_nodes if recorder else []
+        self._by_row = recorder is not None and recorder.by_row
         self._needs = recorder.needs if recorder else {}
         self._replaying = recorder.replaying if recorder else Replaying()
 
@@ -66,6 +67,8 @@ class Tape:
         Raises:
             ModelError: the model takes another path on the reference than on the images.
         """
+        if self._by_row and len(reference) == 1:
+            reference = reference.expand(len(self.images), *reference.shape[1:])
         recorder, output = self._forward_reference(reference)
         there, here = Operated.listed(recorder.sites), Operated.listed(self.sites)
         if there != here:

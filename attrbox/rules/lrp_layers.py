@@ -80,6 +80,7 @@ class Layer:
         self.weight: Tensor = site.options["weight"].to(self.x.dtype)
         self.bias: Tensor | None = site.options["bias"]
         self.nonnegative: bool = site.options["nonnegative"]
+        self.axis: int = site.options["axis"]
         self._apply: Callable[[Tensor, Tensor, Tensor | None], Tensor] = site.options["apply"]
         self.plain = self.term(self.x, self.weight, self.bias, 1.0)
 
@@ -87,6 +88,10 @@ class Layer:
         u = u if u.requires_grad and torch.is_grad_enabled() else u.detach().requires_grad_()
         with torch.enable_grad():
             return Term(u, self._apply(u, weight, bias), ratio, bias)
+
+    def by_channel(self, values: Tensor) -> Tensor:
+        """Values [C] as they meet inputs and outputs."""
+        return values.view(-1, *(1,) * (-1 - self.axis))
 
     def signed(self, up: Tensor, down: Tensor, bias: Tensor | None) -> tuple[Term, ...]:
         """x+ `up` + x- `down`; the second term only where x may be negative."""
@@ -145,9 +150,7 @@ class LayerRule(ABC):
             unclaimed = unclaimed - flow.share * relevance
             for term in flow.terms:
                 if term.bias is not None:
-                    last = site.kind == "linear"
-                    shape = (-1,) if last else (-1, *(1,) * (grad_output.dim() - 2))
-                    bias = bias + passed * term.bias.view(shape)
+                    bias = bias + passed * layer.by_channel(term.bias)
         return Losses(bias, small, clamp + unclaimed)
 
     def stabiliser(self, default: float) -> float:
@@ -248,7 +251,8 @@ class Gamma(LayerRule):
 
 @dataclass(frozen=True)
 class ZBox(LayerRule):
-    """For pixels between `low` and `high`: numbers, or one per channel; None: of each image, per channel."""
+    """For pixels between `low` and `high`: numbers, or one per channel; None: of each image, per channel (of vectors:
+    over their features)."""
 
     low: float | Sequence[float] | None = None
     high: float | Sequence[float] | None = None
@@ -256,9 +260,9 @@ class ZBox(LayerRule):
 
     def flows(self, layer: Layer) -> tuple[Flow, ...]:
         x, w, b = layer.x, layer.weight, layer.bias
-        axes = tuple(range(2, x.dim()))
-        low = x.amin(axes, keepdim=True) if self.low is None else _per_channel(self.low, x)
-        high = x.amax(axes, keepdim=True) if self.high is None else _per_channel(self.high, x)
+        axes = tuple(range(layer.axis + 1, 0)) or (-1,)  # without positions, over the features
+        low = x.amin(axes, keepdim=True) if self.low is None else _bound(self.low, layer)
+        high = x.amax(axes, keepdim=True) if self.high is None else _bound(self.high, layer)
         box = (
             layer.term(-low.detach().expand_as(x), w.clamp(min=0), None if b is None else -_some(_positive(b)), None),
             layer.term(-high.detach().expand_as(x), w.clamp(max=0), None if b is None else -_some(_negative(b)), None),
@@ -287,9 +291,8 @@ class Flat(LayerRule):
         return (Flow((layer.term(torch.ones_like(layer.x), torch.ones_like(layer.weight), None, None),)),)
 
 
-def _per_channel(bound: float | Sequence[float], x: Tensor) -> Tensor:
-    values = torch.as_tensor(bound, dtype=x.dtype, device=x.device)
-    return values.view(-1, *(1,) * (x.dim() - 2))[None]
+def _bound(bound: float | Sequence[float], layer: Layer) -> Tensor:
+    return layer.by_channel(torch.as_tensor(bound, dtype=layer.x.dtype, device=layer.x.device))
 
 
 def _some(values: Tensor | None) -> Tensor:
