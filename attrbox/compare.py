@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from attrbox.errors import InputError, NonFiniteError, NonFiniteWarning, OptionError, UnsupportedModelError
+from attrbox.errors import InputError, ModelError, NonFiniteError, NonFiniteWarning, OptionError, UnsupportedModelError
 from attrbox.guard import check_model, untouched
 from attrbox.hdf5 import write_maps
 from attrbox.memory import backing_off, images_per_pass
@@ -221,12 +221,7 @@ def _run(given: object, images: Tensor, chosen: _Chosen, call: _Call) -> Compari
     passes = [method.passes_on(images) for method in used]
     with untouched(model), _bar(count * sum(passes), call.progress) as bar:
         settings = Settings(target, seeds, call.precision, call.channels_last, bar.update)
-        size = call.batch_size or images_per_pass(
-            images,
-            (lambda few: Run(model, few, settings, slice(0, 1), 1).bare_forward()) if differentiating else None,
-            wanted=count * max(1, *passes),
-            held=max(method.memory for method in used),
-        )
+        size = call.batch_size or _images_per_pass(model, images, settings, used, bool(differentiating))
         start = 0
         while start < count:
 
@@ -244,6 +239,24 @@ def _run(given: object, images: Tensor, chosen: _Chosen, call: _Call) -> Compari
             raise NonFiniteError(text)
         warnings.warn(text, NonFiniteWarning, stacklevel=3)
     return _collect(chosen, chunks, images, target, call.seed)
+
+
+def _images_per_pass(
+    model: nn.Module, images: Tensor, settings: Settings, methods: list[Method], differentiating: bool
+) -> int:
+    """How many images a pass takes; all of the call, no more and no less, if the model takes no other number."""
+    try:
+        return images_per_pass(
+            images,
+            (lambda few: Run(model, few, settings, slice(0, 1), 1).bare_forward()) if differentiating else None,
+            wanted=len(images) * max(1, *(method.passes_on(images) for method in methods)),
+            held=max(method.memory for method in methods),
+        )
+    except ModelError:
+        if len(images) == 1:
+            raise
+        Run(model, images, settings, slice(0, len(images)), len(images)).bare_forward()  # what fails here is told
+        return len(images)
 
 
 def _bar(total: int, progress: bool) -> Any:

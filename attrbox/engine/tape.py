@@ -11,6 +11,7 @@ from attrbox.engine.grids import Grid, last_on_the_way
 from attrbox.engine.recorder import Recorder, Reference, Replaying, checkpointed, forward
 from attrbox.engine.site import LAYERS, Rule, Site
 from attrbox.errors import (
+    ForwardError,
     ModelError,
     NoGradientError,
     RuleError,
@@ -67,9 +68,16 @@ class Tape:
         Raises:
             ModelError: the model takes another path on the reference than on the images.
         """
-        if self._by_row and len(reference) == 1:
-            reference = reference.expand(len(self.images), *reference.shape[1:])
-        recorder, output = self._forward_reference(reference)
+        each = reference.expand(len(self.images), *reference.shape[1:])
+        reference = each if self._by_row and len(reference) == 1 else reference
+        try:
+            recorder, output = self._forward_reference(reference)
+            if len(reference) < len(each) and len(recorder.sites) != len(self.sites):  # it may loop over its rows
+                recorder, output = self._forward_reference(each)
+        except ForwardError:  # it may take batches of one size only
+            if len(reference) == len(each):
+                raise
+            recorder, output = self._forward_reference(each)
         there, here = Operated.listed(recorder.sites), Operated.listed(self.sites)
         if there != here:
             first = next(
@@ -84,7 +92,7 @@ class Tape:
         if len(reference) == 1 and not all(map(_broadcasts, self.sites, recorder.kept)):
             # The model treats rows differently, or lays the batch and another axis together, such as windows: one
             # reference for each image.
-            recorder, output = self._forward_reference(reference.expand(len(self.images), *reference.shape[1:]))
+            recorder, output = self._forward_reference(each)
         return Reference(tuple(recorder.kept), unwrap(output).detach())
 
     def _forward_reference(self, reference: Tensor) -> tuple[Recorder, Any]:

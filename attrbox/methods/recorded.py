@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from attrbox.engine.recorder import Reference, forward
 from attrbox.engine.site import Rule
 from attrbox.engine.tape import Tape, record
+from attrbox.errors import UnsupportedModelError
 from attrbox.methods.base import identity
 from attrbox.methods.chunk import Chunk, Settings, in_channels_last
 from attrbox.targets import unwrap
@@ -177,6 +178,8 @@ class Recorded(Chunk):
                     self._forget()
                     tape = self.tape
             features, grid = tape.feature_maps[layer], tape.grids[layer]
+            if len(features) != len(self.images):
+                return self._maps_one_by_one(layer, len(features))
             gradient = self._replay(features)
             spatial = grid.spatial(gradient.flatten(0, 1))
             return (
@@ -185,6 +188,28 @@ class Recorded(Chunk):
             )
 
         return self.once(("feature_map", layer), compute)
+
+    def _maps_one_by_one(self, layer: str | None, rows: int) -> tuple[Tensor, Tensor]:
+        """The feature maps of a model that runs its layers row by row, image by image.
+
+        Raises:
+            UnsupportedModelError: it lays several views of an image into the batch axis.
+        """
+        n = len(self.images)
+        if n == 1:
+            raise UnsupportedModelError(
+                f"The layer {layer or '(the last feature map)'!r} has {rows} rows for one image: the model lays crops, "
+                "views or windows of it into the batch axis, so there is no one map over the image. Name a layer that "
+                "has one row per image, layer=..., or use a method without layers."
+            )
+        start = self.rows.start
+        parts = [
+            type(self)(
+                self.model, self.images[i : i + 1], self.settings, slice(start + i, start + i + 1), 1, [], [layer]
+            ).feature_map(layer)
+            for i in range(n)
+        ]
+        return torch.cat([features for features, _ in parts]), torch.cat([gradient for _, gradient in parts])
 
     def reference(self, baseline: float | Tensor) -> Reference:
         """The recorded forward pass of a baseline."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from attrbox.engine.stem import Stem, stem_of
-from attrbox.errors import ModelError
+from attrbox.errors import ForwardError, ModelError
 from attrbox.memory import backing_off
 from attrbox.methods.base import identity
 from attrbox.methods.quadrature import quadratures
@@ -137,7 +137,13 @@ class Run(Recorded):
                 group = slice(start, min(draws, start + max(1, size // len(self.images))))
                 return group, work(group, size)
 
-            (group, result), self.per_pass = backing_off(self.per_pass, attempt)
+            try:
+                (group, result), self.per_pass = backing_off(self.per_pass, attempt)
+            except ForwardError:  # a model with side inputs of the batch's size takes no other number of images
+                if self.per_pass <= len(self.images):
+                    raise
+                self.per_pass = len(self.images)
+                continue
             yield group, result
             start = group.stop
 
@@ -214,7 +220,7 @@ class Run(Recorded):
         """Scores of versions of the images, [m], and their gradients with respect to these, [m, C, ...].
 
         Args:
-            versions: [m, C, ...], in any number and order.
+            versions: [m, C, ...], as many of each image.
             rows: whose version each is, [m].
             columns: which of the K targets it is scored for, [m].
             unit: what the classes score.
@@ -224,7 +230,10 @@ class Run(Recorded):
         def work(size: int) -> tuple[Tensor, Tensor | None]:
             scores, gradients = [], []
             pieces = -(-len(versions) // size)
-            for part, row, column in zip(*(t.tensor_split(pieces) for t in (versions, rows, columns)), strict=True):
+            # Image by image within each piece, as in the call itself: a model may have side inputs of the batch's size.
+            order = rows.argsort(stable=True).view(len(self.images), -1).T.flatten() if pieces > 1 else None
+            given = (versions, rows, columns) if order is None else (versions[order], rows[order], columns[order])
+            for part, row, column in zip(*(t.tensor_split(pieces) for t in given), strict=True):
                 indices = None if self.indices is None else self.indices[row]
                 tape = self.plain(part) if gradient else None
                 output = self.output(tape, len(part)) if tape else self.bare(part)
@@ -234,7 +243,8 @@ class Run(Recorded):
                 if tape:
                     gradients.append(tape.replay(score, [tape.images], keep=False)[0])
                 self.settings.progress(len(part))
-            return torch.cat(scores), torch.cat(gradients) if gradient else None
+            back = slice(None) if order is None else order.argsort()
+            return torch.cat(scores)[back], torch.cat(gradients)[back] if gradient else None
 
         result, self.per_pass = backing_off(self.per_pass, work)
         return result

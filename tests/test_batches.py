@@ -1,0 +1,98 @@
+"""Models that do odd things with the batch axis get the maps of the same function written plainly."""
+
+import pytest
+import torch
+from nets import FAST, images
+from torch import Tensor, nn
+
+import attrbox
+from attrbox.errors import UnsupportedModelError
+
+METHODS = [name for name in attrbox.list_methods() if attrbox.methods[name].for_all and name != "random"]
+CAM = {"grad_cam", "grad_cam_plus_plus", "layer_cam", "guided_grad_cam"}
+# Learned rules lie between the first and the last layer in order of execution, which differs between these spellings.
+RULES = [name for name in METHODS if not name.startswith("learned")]
+X = images(3, 3, 12, 12)
+SIDE = images(3, 8, seed=4)
+
+
+class Plain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 8, 3)
+        self.hidden, self.head = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def features(self, x: Tensor) -> Tensor:
+        return torch.relu(self.second(torch.relu(self.first(x)))).mean((2, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.hidden(self.features(x))))
+
+
+class Loop(Plain):
+    """Runs its layers row by row, in Python."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([super(Loop, self).forward(row[None]) for row in x])
+
+
+class Views(Plain):
+    """Lays two crops of each image into the batch axis."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        views = torch.stack([x[..., :10, :], x[..., 2:, :]], 1).flatten(0, 1)
+        features = self.features(views).view(len(x), 2, -1).mean(1)
+        return self.head(torch.tanh(self.hidden(features)))
+
+
+class Crops(Plain):
+    """The same, one crop after the other."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = (self.features(x[..., :10, :]) + self.features(x[..., 2:, :])) / 2
+        return self.head(torch.tanh(self.hidden(features)))
+
+
+class Side(Plain):
+    """Closes over another input of the batch's size, so it takes batches of that size alone."""
+
+    def __init__(self, side: Tensor) -> None:
+        super().__init__()
+        self.side = side
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.hidden(self.features(x)) + self.side))
+
+
+def built(build: type[nn.Module], *arguments: Tensor) -> nn.Module:
+    torch.manual_seed(0)
+    return build(*arguments).double().eval()
+
+
+def maps(model: nn.Module, x: Tensor, method: str, target: list[int]) -> Tensor:
+    options = FAST.get(method, {}) | {"progress": False, "target": target}
+    if method.startswith("learned"):  # whose random start depends on how many sites there are
+        options["initial"] = "ones"
+    return attrbox.explain(model, x, method, **options).values
+
+
+@pytest.mark.parametrize("method", RULES)
+def test_a_loop_over_the_rows(method: str) -> None:
+    torch.testing.assert_close(maps(built(Loop), X, method, [0, 1, 2]), maps(built(Plain), X, method, [0, 1, 2]))
+
+
+@pytest.mark.parametrize("method", RULES)
+def test_crops_in_the_batch_axis(method: str) -> None:
+    if method in CAM:
+        with pytest.raises(UnsupportedModelError, match="2 rows for one image: the model lays crops"):
+            maps(built(Views), X, method, [0, 1, 2])
+        return
+    torch.testing.assert_close(maps(built(Views), X, method, [0, 1, 2]), maps(built(Crops), X, method, [0, 1, 2]))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_side_inputs_of_the_size_of_the_batch(method: str) -> None:
+    whole = maps(built(Side, SIDE), X, method, [0, 1, 2])
+    for i in range(len(X)):
+        alone = maps(built(Side, SIDE[i : i + 1]), X[i : i + 1], method, [i])
+        torch.testing.assert_close(whole[i : i + 1], alone)
