@@ -161,7 +161,7 @@ def _concatenated(
     first = parts[0][0]
     count = sum(len(rows) for _, rows in parts)
     with whole_file(path, overwrite) as new, h5py.File(new, "w") as file:
-        _begin(file, first, count)
+        _begin(file, [part for part, _ in parts], count)
         for name, _ in _datasets(first.file):
             sources = [(part.file[name], rows) for part, rows in parts]
             if virtual and name.startswith("maps/"):
@@ -177,7 +177,7 @@ def _united(parts: Sequence[MapsFile], path: str | Path, virtual: bool, overwrit
     if twice := [label for label in labels if labels.count(label) > 1]:
         raise InputError(f"Expected files of different samples or of different methods, but two have {twice[0]!r}.")
     with whole_file(path, overwrite) as new, h5py.File(new, "w") as file:
-        _begin(file, parts[0], parts[0].samples)
+        _begin(file, parts, parts[0].samples)
         for part in parts:
             rows = np.arange(part.samples)
             for name, dataset in _datasets(part.file):
@@ -190,7 +190,8 @@ def _united(parts: Sequence[MapsFile], path: str | Path, virtual: bool, overwrit
     return Path(path)
 
 
-def _begin(file: h5py.File, first: MapsFile, count: int) -> None:
+def _begin(file: h5py.File, parts: Sequence[MapsFile], count: int) -> None:
+    first = parts[0]
     file.attrs.update(first.attributes)
     if settings := first.settings:
         settings |= {"samples": count, "data_sha256": None, "labels_sha256": None, "batch_size": None}
@@ -199,8 +200,12 @@ def _begin(file: h5py.File, first: MapsFile, count: int) -> None:
     file.create_group("maps", track_order=True)
     samples = file.create_group("samples")
     samples.attrs.update(first.file["samples"].attrs)
-    if "classes" in first.file:
-        first.file.copy("classes", file)
+    for part in parts:
+        if "classes" in part.file and "classes" not in file:
+            part.file.copy("classes", file)
+        for name, dataset in part.file.get("options", {}).items():
+            if f"options/{name}" not in file:
+                part.file.copy(dataset, file.require_group("options"), name)
 
 
 def _datasets(file: h5py.File) -> Iterator[tuple[str, h5py.Dataset]]:

@@ -26,7 +26,7 @@ from attrbox.methods.finite import check_scores, first_site, non_finite_rows, to
 from attrbox.methods.run import Run
 from attrbox.plots import plot_comparison
 from attrbox.seeds import check_seeds
-from attrbox.shapes import Attribution, Coverage
+from attrbox.shapes import Attribution, Coverage, Provenance
 from attrbox.targets import Target, TargetLike
 
 MethodLike: TypeAlias = "str | tuple[str, Mapping[str, Any]]"
@@ -238,7 +238,7 @@ def _run(given: object, images: Tensor, chosen: _Chosen, call: _Call) -> Compari
         if call.strict:
             raise NonFiniteError(text)
         warnings.warn(text, NonFiniteWarning, stacklevel=3)
-    return _collect(chosen, chunks, images, target, call.seed)
+    return _collect(chosen, chunks, images, target, call)
 
 
 def _images_per_pass(
@@ -379,9 +379,7 @@ def _not_understood(label: str, coverage: Coverage) -> UnsupportedModelError:
     )
 
 
-def _collect(
-    chosen: _Chosen, chunks: list[_Chunk], images: Tensor, target: Target, seed: int | Sequence[int]
-) -> Comparison:
+def _collect(chosen: _Chosen, chunks: list[_Chunk], images: Tensor, target: Target, call: _Call) -> Comparison:
     """Join the chunks of a call."""
     many = target.many or chunks[0].scores.shape[1] > 1
 
@@ -394,9 +392,10 @@ def _collect(
         None if chunks[0].indices is None else joined([chunk.indices for chunk in chunks if chunk.indices is not None])
     )
     attributions = {}
+    provenance = Provenance(call.seed, call.precision, call.channels_last)
     for label, (spec, method) in chosen.items():
         values = joined([chunk.values[label] for chunk in chunks])
-        gap = relative = None
+        expected = gap = relative = None
         if chunks[0].expected[label] is not None:
             expected = joined([wanted for chunk in chunks if (wanted := chunk.expected[label]) is not None])
             gap = values.flatten(scores.dim()).sum(-1) - expected
@@ -416,13 +415,15 @@ def _collect(
             },
             reduction=spec.reduction,
             units=spec.units,
+            expected=expected,
+            provenance=provenance,
         )
     predictions = None
     if chunks[0].predictions is not None:
         predictions = torch.cat([chunk.predictions for chunk in chunks if chunk.predictions is not None])
     labels = ("forward pass", *chosen)
     seconds = {label: sum(chunk.seconds[label] for chunk in chunks) for label in labels}
-    return Comparison(attributions, images, predictions, seconds, seed)
+    return Comparison(attributions, images, predictions, seconds, call.seed)
 
 
 def _joined_detail(parts: list[Any], joined: Callable[[list[Tensor]], Tensor]) -> Any:

@@ -74,8 +74,8 @@ def evaluate(
             largest output.
         masks: object masks, of the images' size, [N, H, W], or each of its photograph's size, [h, w]; what is not zero
             is the object. For localisation metrics; `attrbox.metrics.annotations` makes them of boxes.
-        explainers: how maps of a plain mapping were made, for metrics that explain again: a method's name,
-            (name, options), or a function (model, images, target, seeds) -> maps.
+        explainers: how maps of a plain mapping were made, for metrics that explain again or compare with the map's
+            own baseline: a method's name, (name, options), or a function (model, images, target, seeds) -> maps.
         controls: add the controls; a method of the same name takes their place.
         seed: for ties, noise and draws, and for the intervals. From one seed each image gets a stream of its own, by
             its place in the call; a sequence of N names the streams. A score depends on its image and stream, not on
@@ -202,6 +202,7 @@ class _Plan:
                         f"The metric {label!r} explains again, but nobody knows how the maps of {', '.join(mute)} were "
                         "made. Pass a Comparison, or evaluate(..., explainers={name: method or function})."
                     )
+            metric.check(self.sources)
 
     def run(self, model: nn.Module | None) -> list[dict[str, Mapping[str, Measurement]]]:
         """What each metric says of each label, chunk by chunk."""

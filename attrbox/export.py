@@ -23,11 +23,11 @@ from attrbox.compare import MethodLike
 from attrbox.errors import FileError, InputError, ModelError, TargetError
 from attrbox.growing import Flags, Growing, Layout, Output, known_targets
 from attrbox.guard import check_model
-from attrbox.hdf5 import Compression, DType, check_storage, plain
+from attrbox.hdf5 import Compression, DType, check_storage, options_in, plain
 from attrbox.job import Channels, ExportTarget, Job, count_classes, device_of, of_rows
 from attrbox.journal import Journal
 from attrbox.labels import ClassNames, read_labels
-from attrbox.maps import MapsFile
+from attrbox.maps import MapsFile, MethodMaps
 from attrbox.memory import MOST_PER_PASS
 from attrbox.methods.base import Method, MethodSpec, check_choice, check_count, choose
 from attrbox.methods.base import methods as registry
@@ -250,7 +250,7 @@ def recompute(
     job = Job(
         model=model.model if isinstance(model, LoadedModel) else model,
         samples=samples,
-        methods={label: (one.method, one.options) for label, one in maps.items()},
+        methods={label: (one.method, _known_options(one)) for label, one in maps.items()},
         target=target,
         seed=settings["seed"] if seeds is None else seeds.tolist(),
         batch_size=settings["batch_size"],
@@ -260,9 +260,6 @@ def recompute(
         dtype=settings["dtype"],
         compression=settings["compression"],
     )
-    for label, (_, options) in job.methods.items():
-        if any(isinstance(value, dict) for value in options.values()):
-            raise InputError(f"The options of {label!r} are tensors, which the file does not keep. Explain it anew.")
     row = maps.place(sample)
     unasked = ("target", "seed", "labels_sha256")  # which the file has for each sample
     other = [name for name, value in job.settings.items() if name not in unasked and settings[name] != value]
@@ -287,6 +284,13 @@ def recompute(
     if not found:
         raise error or InputError(f"The sample {maps.ids[row]!r} cannot be explained any more.")
     return found
+
+
+def _known_options(one: MethodMaps) -> dict[str, Any]:
+    options = options_in(one.dataset.file, one.dataset)
+    if options is None:
+        raise InputError(f"The options of {one.label!r} are tensors that the file does not keep. Explain it anew.")
+    return options
 
 
 # ----------------------------------------------------------------------------------------------------- what is checked

@@ -2,10 +2,12 @@
 
     /maps/LABEL                  [N, C or 1, H, W] ([N, K, C, H, W] for K targets), one map a chunk, compressed; in the
                                  order asked for; attributes: label, method, options (JSON), units, reduction, coverage,
-                                 seed, and what `descriptions` has to say (summary, reference)
+                                 seed, precision, channels_last, and what `descriptions` has to say (summary, reference)
+    /options/SHA256              options that are tensors, under the hash by which `options` names them
     /samples/id                  text [N]; and, where known, source, label, target, prediction, score: [N] or [N, K]
     /samples/seed                [N], if each sample has its own; one seed for all is an attribute of each map
-    /samples/relative_gap/LABEL  [N] or [N, K], for methods whose maps should sum to something
+    /samples/expected/LABEL      [N] or [N, K], for methods whose maps should sum to something: to what
+    /samples/relative_gap/LABEL  [N] or [N, K], how far they are from it
     /samples/done/LABEL          bool [N]
     /samples/checksum/LABEL      CRC-32 of each map's bytes as they are stored (little-endian), [N]
     / (attributes)               schema, created (UTC), versions of attrbox, torch, h5py and python; where known,
@@ -46,7 +48,7 @@ from torch import Tensor
 from attrbox.errors import InputError, OptionError
 from attrbox.files import whole_file
 from attrbox.hashing import tensor_bytes
-from attrbox.shapes import Attribution
+from attrbox.shapes import Attribution, Provenance
 
 SCHEMA = 1
 
@@ -213,9 +215,13 @@ def create_datasets(
             dataset.attrs["seed"] = _seeds([seed])[0]
         samples.create_dataset(f"done/{name}", (count,), bool)
         samples.create_dataset(f"checksum/{name}", (count,), "uint32")
-        if attribution.relative_gap is not None:
-            gap = attribution.relative_gap
-            samples.create_dataset(f"relative_gap/{name}", (count, *gap.shape[1:]), "float64", fillvalue=np.nan)
+        for kind, column in _sums(attribution):
+            samples.create_dataset(f"{kind}/{name}", (count, *column.shape[1:]), "float64", fillvalue=np.nan)
+        for value in attribution.options.values():
+            if isinstance(value, Tensor | np.ndarray):
+                place = f"options/{plain(value)['sha256']}"
+                if place not in file:
+                    file[place] = _array(torch.as_tensor(value))
     create_columns(file, count, columns)
 
 
@@ -255,8 +261,9 @@ def write_samples(
         for row, value in zip(rows, values, strict=True):
             dataset[row] = value
         samples["checksum"][name][places] = np.array([checksum(value) for value in values], np.uint32)
-        if attribution.relative_gap is not None:
-            samples["relative_gap"][name][places] = _array(attribution.relative_gap)
+        for kind, column in _sums(attribution):
+            if f"{kind}/{name}" in samples:  # older files do not have all
+                samples[kind][name][places] = _array(column)
         samples["done"][name][places] = True  # last: what is marked is there
 
 
@@ -376,6 +383,12 @@ def _lost_by_half(attribution: Attribution) -> Tensor:
     return ((size > 0) & (size < limits.tiny)) | (size > limits.max)
 
 
+def _sums(attribution: Attribution) -> list[tuple[str, Tensor]]:
+    """What is kept of the sum of each map."""
+    kinds = {"expected": attribution.expected, "relative_gap": attribution.relative_gap}
+    return [(kind, column) for kind, column in kinds.items() if column is not None]
+
+
 def _size(attribution: Attribution) -> Tensor:
     """The largest absolute value of each map, [N] or [N, K]."""
     values = attribution.values.detach()
@@ -390,9 +403,35 @@ def _attributes(label: str, attribution: Attribution, description: Mapping[str, 
         "units": attribution.units,
         "reduction": attribution.reduction,
         "coverage": str(attribution.coverage),
+        "precision": plain(attribution.provenance.precision) or "",
+        "channels_last": attribution.provenance.channels_last,
         **description,
     }
     return {storable(name): storable(str(text)) for name, text in texts.items()}
+
+
+def options_in(file: h5py.Group, dataset: h5py.Dataset) -> dict[str, Any] | None:
+    """The options by which the maps of a dataset were made, tensors included; None if the file cannot tell."""
+    options: dict[str, Any] = json.loads(dataset.attrs.get("options", "{}"))
+    for name, value in options.items():
+        if isinstance(value, dict):
+            place = f"options/{value.get('sha256')}"
+            if place not in file:  # of an older attrbox, or no tensor
+                return None
+            options[name] = torch.from_numpy(file[place][()]).to(getattr(torch, value["dtype"]))
+    return options
+
+
+def provenance_in(file: h5py.Group, dataset: h5py.Dataset) -> Provenance:
+    """How the call made the maps of a dataset."""
+    samples, attributes = file["samples"], dataset.attrs
+    seed = samples["seed"][()].tolist() if "seed" in samples else int(attributes.get("seed", 0))
+    precision = str(attributes.get("precision", "")) or None
+    return Provenance(
+        seed,
+        None if precision is None else getattr(torch, precision.removeprefix("torch.")),
+        str(attributes.get("channels_last", True)) == "True",
+    )
 
 
 def plain(value: Any) -> Any:

@@ -35,6 +35,8 @@ from attrbox.targets import Target, TargetLike, classes, top, unwrap
 Channels: TypeAlias = Literal["all", "one"]
 ExportTarget: TypeAlias = "TargetLike | Literal['label']"
 
+# What an attribution has of each sample.
+_OF_EACH_SAMPLE = ("values", "target", "score", "gap", "relative_gap", "expected")
 _TRIES = 8  # samples on which the model's outputs are looked at before any is explained
 
 
@@ -250,7 +252,7 @@ def picked(attribution: Attribution, places: Sequence[int]) -> Attribution:
         return attribution
     parts: dict[str, Any] = {
         name: part[torch.as_tensor(places, device=part.device)]
-        for name in ("values", "target", "score", "gap", "relative_gap")
+        for name in _OF_EACH_SAMPLE
         if (part := getattr(attribution, name)) is not None
     }
     return replace(attribution, **parts, details={})
@@ -284,7 +286,7 @@ def joined(first: Written, second: Written) -> Written:
 def _appended(first: Attribution, second: Attribution) -> Attribution:
     parts: dict[str, Any] = {
         name: torch.cat([getattr(first, name), getattr(second, name)])
-        for name in ("values", "target", "score", "gap", "relative_gap")
+        for name in _OF_EACH_SAMPLE
         if getattr(first, name) is not None
     }
     return replace(first, **parts, details={})

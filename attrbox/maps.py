@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -16,9 +17,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from attrbox.errors import AttrboxError, FileError, InputError, UnknownNameError, near_miss
-from attrbox.hdf5 import SCHEMA
+from attrbox.hdf5 import SCHEMA, options_in, provenance_in
 from attrbox.journal import recover
 from attrbox.labels import ClassNames
+from attrbox.shapes import Attribution, Coverage
 
 Rows: TypeAlias = "int | str | slice | Sequence[int] | Sequence[str] | Tensor | NDArray[Any]"
 
@@ -56,6 +58,34 @@ class MethodMaps(Dataset[Tensor]):
     def options(self) -> dict[str, Any]:
         """The options of the method; tensors as their shape, dtype and SHA-256."""
         return dict(json.loads(self.attributes["options"]))
+
+    def attribution(self, rows: Sequence[int]) -> Attribution:
+        """The maps of some samples with all that the file knows of them.
+
+        Raises:
+            InputError: a sample has no map, or maps explain several targets.
+        """
+        maps, places = self._maps, list(rows)
+
+        def known(column: NDArray[Any] | None) -> Tensor | None:
+            return None if column is None else torch.as_tensor(column[places])
+
+        made = provenance_in(maps.file, self.dataset)
+        seed = made.seed if isinstance(made.seed, int) else [made.seed[place] for place in places]
+        options = options_in(maps.file, self.dataset)
+        score = known(maps.column("score"))
+        return Attribution(
+            method=self.method,
+            values=self[places],
+            target=known(maps.column("target")),
+            score=torch.full((len(places),), torch.nan) if score is None else score,
+            options=self.options if options is None else options,
+            coverage=Coverage(),
+            reduction="max" if self.attributes.get("reduction") == "max" else "sum",
+            expected=known(maps.column("expected", self.label)),
+            relative_gap=known(maps.column("relative_gap", self.label)),
+            provenance=replace(made, seed=seed),
+        )
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -255,7 +285,7 @@ class MapsFile(Mapping[str, MethodMaps]):
 
     def column(self, name: str, label: str | None = None) -> NDArray[Any] | None:
         """What is known of the samples: "source", "label", "target", "prediction", "score", "seed", "pixels_sha256";
-        with a label also "relative_gap", "checksum", "failed". None if nothing is."""
+        with a label also "expected", "relative_gap", "checksum", "failed". None if nothing is."""
         samples = self.file["samples"]
         path = name if label is None else f"{name}/{self.names[label]}"
         if path not in samples:

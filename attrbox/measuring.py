@@ -17,7 +17,6 @@ from attrbox.metrics.results import Evaluation
 from attrbox.metrics.scores import Score
 from attrbox.progress import progress_bar
 from attrbox.seeds import mixed
-from attrbox.shapes import Attribution, Coverage
 
 _AT_ONCE = 64  # samples
 
@@ -51,7 +50,7 @@ def measure(
     rows = [int(row) for row in np.flatnonzero(done)[:most]]
     if not rows:
         raise InputError(f"No sample of {str(maps.path)!r} has a map of every method. Finish the export first.")
-    digests, targets = maps.column("pixels_sha256"), maps.column("target")
+    digests = maps.column("pixels_sha256")
     parts: list[Evaluation] = []
     groups = [rows[i : i + _AT_ONCE] for i in range(0, len(rows), _AT_ONCE)]
     with progress_bar("evaluate", len(rows)) as bar:
@@ -64,12 +63,11 @@ def measure(
                 raise InputError(
                     f"The image of {name!r} is not what was explained, or cannot be read. Say where: --data."
                 )
-            target = None if targets is None else torch.as_tensor(targets[group])
             parts.append(
                 evaluate(
                     loaded.model,
                     batch.images.to(next(loaded.model.parameters()).device),
-                    {label: _attribution(maps, label, group, target) for label in maps},
+                    {label: maps[label].attribution(group) for label in maps},
                     config.chosen_metrics,
                     seed=[mixed(config.run.seed, row) for row in group],
                     batch_size=config.run.batch_size,
@@ -77,14 +75,6 @@ def measure(
             )
             bar.update(len(group))
     return _joined(parts), rows
-
-
-def _attribution(maps: MapsFile, label: str, rows: Sequence[int], target: Tensor | None) -> Attribution:
-    one = maps[label]
-    scores = maps.column("score")
-    score = torch.zeros(len(rows)) if scores is None else torch.as_tensor(scores[list(rows)])
-    reduction = "max" if one.attributes.get("reduction") == "max" else "sum"
-    return Attribution(one.method, one[rows].float(), target, score, one.options, Coverage(), reduction=reduction)  # type: ignore[arg-type]
 
 
 def _joined(parts: Sequence[Evaluation]) -> Evaluation:

@@ -146,6 +146,21 @@ def _counts(operations: Iterable[Operated]) -> str:
     return ", ".join(f"{count} {name}" for name, count in counts.items())
 
 
+@dataclass(frozen=True)
+class Provenance:
+    """What maps depend on beside the model, the images, the target, the method and its options.
+
+    Attributes:
+        seed: of the call, or one for each image.
+        precision: dtype of automatic mixed precision, or None.
+        channels_last: whether passes over many images ran in this memory format.
+    """
+
+    seed: int | Sequence[int] = 0
+    precision: torch.dtype | None = None
+    channels_last: bool = True
+
+
 @dataclass(frozen=True, eq=False)
 class Attribution:
     """The maps of one method.
@@ -158,12 +173,14 @@ class Attribution:
         score: what is explained, in units of the model's output, [N] or [N, K].
         options: the method's options as they were used.
         coverage: how the model's non-linear operations were treated.
-        gap: `values.sum() - expected` per map, [N] or [N, K], for methods whose values should sum to something (the
-            score's difference from the baseline, the score itself); None for the others.
+        expected: what the values of each map should sum to, [N] or [N, K], for methods that promise a sum (the score's
+            difference from the baseline, the score itself); None for the others.
+        gap: `values.sum() - expected` per map.
         relative_gap: `|gap| / |expected|`.
         details: what else the method has to tell.
         reduction: how the channels of `values` become one map for the eye.
         units: units of `values` in words.
+        provenance: how the call made them.
     """
 
     method: str
@@ -177,6 +194,8 @@ class Attribution:
     details: Mapping[str, Any] = field(default_factory=dict)
     reduction: ChannelReduction = "sum"
     units: str = ""
+    expected: Tensor | None = None
+    provenance: Provenance = Provenance()
 
     def __len__(self) -> int:
         return len(self.values)

@@ -89,6 +89,7 @@ def _write(group: h5py.Group, score: Score, rows: Sequence[int], samples: int) -
         options=json.dumps(plain(score.options), ensure_ascii=False),
         axis=score.axis,
         seed=score.seed,
+        note=storable(score.note),
     )
 
 
@@ -104,4 +105,5 @@ def _read(group: h5py.Group) -> Score:
         axis=str(group.attrs["axis"]),
         groups=part.get("groups"),
         seed=int(group.attrs["seed"]),
+        note=str(group.attrs.get("note", "")),
     )

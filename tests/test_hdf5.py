@@ -154,6 +154,8 @@ def test_attributes_of_a_method(path, values):
         "units": "score per pixel",
         "reduction": "max",
         "coverage": "rule: 1 relu; UNKNOWN: 1 erf",
+        "precision": "",
+        "channels_last": "True",
         "summary": "Sums",
         "reference": "Doe 2020",
         "seed": -3,

@@ -31,6 +31,7 @@ QUICK = {
     "cascading_randomization": {"steps": 2},
     "independent_randomization": {"steps": 2},
     "sensitivity_max": {"draws": 2},
+    "completeness": {"baseline": 0.0},
     "infidelity": {"draws": 6},
     "sensitivity_n": {"subsets": 5, "shares": (0.3, 0.6)},
     "insertion": {"steps": 4},

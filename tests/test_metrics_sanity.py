@@ -379,7 +379,7 @@ def test_completeness_closed_forms():
     model, x = relu_net(), X
     methods = ["deeplift", ("integrated_gradients", {"steps": 200}), "saliency"]
     result = attrbox.compare(model, x, methods, target=1, progress=False)
-    scores = measure(model, x, result, "completeness")
+    scores = measure(model, x, result, ("completeness", {"baseline": 0.0}))
     assert scores["deeplift"]["completeness"].values.max() < 1e-12
     assert scores["integrated_gradients"]["completeness"].values.max() < 0.02
     gap = (result["saliency"].values.flatten(1).sum(1) - (model(x) - model(torch.zeros_like(x)))[:, 1]).abs()
@@ -388,7 +388,7 @@ def test_completeness_closed_forms():
     exact = attrbox.explain(model, x, "deeplift", target=1, baseline=0.5, progress=False).values
     shifted = measure(model, x, {"m": exact}, ("completeness", {"baseline": 0.5}), target=1)
     assert shifted["m"]["completeness"].values.max() < 1e-12
-    same = measure(model, torch.zeros_like(x), {"m": exact}, "completeness", target=1)
+    same = measure(model, torch.zeros_like(x), {"m": exact}, ("completeness", {"baseline": 0.0}), target=1)
     assert same["m"]["completeness"].left_out.all()
 
 

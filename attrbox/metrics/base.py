@@ -26,6 +26,7 @@ from attrbox.methods.base import Spec, option_infos
 from attrbox.registry import Registry
 
 if TYPE_CHECKING:
+    from attrbox.metrics.sources import Source
     from attrbox.metrics.study import Study, Views
 
 Direction: TypeAlias = Literal["higher", "lower"]
@@ -42,6 +43,7 @@ class Measurement:
         positions: where its points are, [points].
         groups: if the mean over samples is to be the mean over the means of groups (classes), the group of each, [n].
         details: more per sample, [n, ...].
+        note: what is to be said of the values, such as why there are none.
     """
 
     values: Tensor
@@ -49,6 +51,7 @@ class Measurement:
     positions: Tensor | None = None
     groups: Tensor | None = None
     details: Mapping[str, Tensor] | None = None
+    note: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +66,14 @@ class Metric(ABC):
 
     needs: ClassVar[frozenset[Need]] = frozenset()
     axis: ClassVar[str] = ""
+
+    def check(self, sources: "Mapping[str, Source]") -> None:
+        """Refuse maps of which too little is known.
+
+        Raises:
+            InputError: with what is missing.
+        """
+        del sources
 
     def views(self, study: "Study") -> "Sequence[Views]":
         """The images whose scores `measure` needs."""

@@ -76,7 +76,8 @@ class Evaluation(Mapping[str, Mapping[str, Score]]):
     def table(self, digits: int = 3) -> str:
         """Methods by metrics as a Markdown table: mean, 95 % interval, and how many samples were left out.
 
-        An arrow says where better is. The best is bold; what is not significantly worse is in italics.
+        An arrow says where better is. The best is bold; what is not significantly worse is in italics. Below are the
+        notes of the scores.
         """
         arrows = {"higher": "↑", "lower": "↓"}
         by_metric = {metric: self.by_metric(metric) for metric in self.metrics}
@@ -87,7 +88,17 @@ class Evaluation(Mapping[str, Mapping[str, Score]]):
             cells = [_cell(scores[label], _mark(label, best[metric]), digits) for metric, scores in by_metric.items()]
             name = f"{label} (control)" if label in self.controls else label
             lines.append("| " + " | ".join([name, *cells]) + " |")
-        return "\n".join(lines)
+        return "\n".join([*lines, *self._notes()])
+
+    def _notes(self) -> list[str]:
+        """What metrics have to say of their scores, a line for all methods of which they say the same."""
+        said: dict[tuple[str, str], list[str]] = {}
+        for label, scores in self.scores.items():
+            for metric, score in scores.items():
+                if score.note:
+                    said.setdefault((metric, score.note), []).append(label)
+        lines = [f"{metric} of {', '.join(labels)}: {note}." for (metric, note), labels in said.items()]
+        return ["", *lines] if lines else []
 
     def rows(self) -> list[dict[str, Any]]:
         """One record per method and metric: what `to_csv` writes."""

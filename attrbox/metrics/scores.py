@@ -30,6 +30,7 @@ class Score:
         groups: the group of each sample, [N], if the mean is taken over groups.
         details: what else the metric has to tell, per sample.
         seed: of the bootstrap.
+        note: what is to be said of the values, such as why there are none.
     """
 
     metric: str
@@ -42,6 +43,7 @@ class Score:
     groups: Tensor | None = None
     details: Mapping[str, Tensor] = field(default_factory=dict)
     seed: int = 0
+    note: str = ""
 
     @property
     def auc(self) -> Tensor:
@@ -99,6 +101,7 @@ class Score:
             fractions=first.positions,
             groups=None if first.groups is None else torch.cat([p.groups for p in parts if p.groups is not None]),
             details=details,
+            note=first.note,
             **known,
         )
 

@@ -3,23 +3,21 @@
 Whatever they come from, they are read chunk by chunk, so that a file may be larger than the memory.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import h5py
 import torch
 from torch import Tensor, nn
 
-from attrbox.compare import Comparison
-from attrbox.errors import InputError
-from attrbox.hdf5 import dataset_name
+from attrbox.errors import AttrboxError, InputError
+from attrbox.hdf5 import dataset_name, options_in, provenance_in
 from attrbox.maps import MapsFile
 from attrbox.methods.base import methods as registry
 from attrbox.metrics.study import Explainer, Maps, Recipe
 from attrbox.seeds import numbers
-from attrbox.shapes import Attribution, ChannelReduction
+from attrbox.shapes import Attribution, ChannelReduction, Provenance
 
 MapsLike: TypeAlias = "Mapping[str, Any] | MapsFile | h5py.File"
 # What makes maps again: a function, a method, or a method with its options.
@@ -43,6 +41,8 @@ class Source:
         target: the classes that they explain, [N]; None if that is not known.
         function: whether they explain a function instead.
         explainer: makes them again.
+        expected: what each map should sum to, [N], by the method when it made them; None if that is not known.
+        score: what was explained, [N], in units of the model's output; None if that is not known.
     """
 
     values: Any
@@ -50,6 +50,8 @@ class Source:
     target: Tensor | None = None
     function: bool = False
     explainer: Explainer | None = None
+    expected: Tensor | None = None
+    score: Tensor | None = None
 
 
 def read(maps: MapsLike, explainers: Mapping[str, ExplainerLike] | None = None) -> dict[str, Source]:
@@ -58,13 +60,12 @@ def read(maps: MapsLike, explainers: Mapping[str, ExplainerLike] | None = None) 
     Raises:
         InputError: there are none, or something else, or maps of several targets at once, or an explainer of none.
     """
-    seed = maps.seed if isinstance(maps, Comparison) else 0
     if isinstance(maps, MapsFile):
         maps = maps.file
     if isinstance(maps, h5py.Group):
         sources = _in_file(maps)
     elif isinstance(maps, Mapping):
-        sources = {label: _source(label, maps[label], seed) for label in maps}
+        sources = {label: _source(label, maps[label]) for label in maps}
     else:
         raise InputError(
             f"Expected maps as a Comparison, a mapping from names to tensors, or an open file of maps, got "
@@ -81,14 +82,15 @@ def read(maps: MapsLike, explainers: Mapping[str, ExplainerLike] | None = None) 
     }
 
 
-def _source(label: str, maps: Any, seed: int | Sequence[int]) -> Source:
+def _source(label: str, maps: Any) -> Source:
     if not isinstance(maps, Attribution):
         if not hasattr(maps, "shape") or not hasattr(maps, "__getitem__"):
             raise InputError(f"Expected the maps of {label!r} as a tensor [N, H, W], got {type(maps).__name__}.")
         return Source(maps)
     _check_one_target(label, tuple(maps.score.shape))
-    recipe = Recipe(maps.method, maps.options, seed)
-    return Source(maps.values, maps.reduction, maps.target, maps.target is None, recipe)
+    recipe = _recipe(maps.method, maps.options, maps.provenance)
+    expected, score = maps.expected, maps.score
+    return Source(maps.values, maps.reduction, maps.target, maps.target is None, recipe, expected, score)
 
 
 def _check_one_target(label: str, scores: tuple[int, ...]) -> None:
@@ -105,8 +107,9 @@ def _in_file(file: h5py.Group) -> dict[str, Source]:
         raise InputError("Expected a file that attrbox wrote, with /maps and /samples, got another.")
     samples = file["samples"]
     target = torch.as_tensor(samples["target"][()]) if "target" in samples else None
-    if "score" in samples:
-        _check_one_target("the file", samples["score"].shape)
+    score = torch.as_tensor(samples["score"][()]) if "score" in samples else None
+    if score is not None:
+        _check_one_target("the file", score.shape)
     sources = {}
     for name, dataset in file["maps"].items():
         attributes = dict(dataset.attrs)
@@ -116,18 +119,23 @@ def _in_file(file: h5py.Group) -> dict[str, Source]:
             raise InputError(
                 f"Only {int(done.sum())} of {len(done)} maps of {label!r} are in the file. Finish writing it first."
             )
-        seed = samples["seed"][()].tolist() if "seed" in samples else int(attributes.get("seed", 0))
         reduction: ChannelReduction = "max" if attributes.get("reduction") == "max" else "sum"
-        sources[label] = Source(dataset, reduction, target, target is None, _recipe(attributes, seed))
+        recipe = _recipe(attributes.get("method"), options_in(file, dataset), provenance_in(file, dataset))
+        expected = f"expected/{dataset_name(label)}"
+        promised = torch.as_tensor(samples[expected][()]) if expected in samples else None
+        sources[label] = Source(dataset, reduction, target, target is None, recipe, promised, score)
     return sources
 
 
-def _recipe(attributes: Mapping[str, Any], seed: int | Sequence[int]) -> Recipe | None:
-    """How the maps of a file were made; None if the file cannot tell, as of options that are tensors."""
-    method, options = attributes.get("method"), json.loads(attributes.get("options", "{}"))
-    if method not in registry or any(isinstance(value, dict) for value in options.values()):
+def _recipe(method: Any, options: Mapping[str, Any] | None, provenance: Provenance) -> Recipe | None:
+    """How maps were made; None if that cannot be told any more, as of options that a file keeps as words alone."""
+    if method not in registry or options is None:
         return None
-    return Recipe(str(method), options, seed)
+    try:
+        registry[method].create(options)
+    except AttrboxError:
+        return None
+    return Recipe(str(method), options, provenance)
 
 
 def _explained_by(source: Source, explainer: ExplainerLike) -> Source:
@@ -140,7 +148,7 @@ def _explained_by(source: Source, explainer: ExplainerLike) -> Source:
         raise InputError(
             f"Expected an explainer as a method's name, (name, {{option: value}}) or a function, got {explainer!r}."
         )
-    return Source(source.values, source.reduction, source.target, source.function, explainer)
+    return replace(source, explainer=explainer)
 
 
 def known_target(sources: Mapping[str, Source]) -> Tensor | None:
@@ -186,7 +194,9 @@ def _chunk(source: Source, rows: slice, images: Tensor) -> Maps:
     values = part.detach().to(images) if isinstance(part, Tensor) else torch.as_tensor(part).to(images)
     if images.dim() > 2 and values.dim() == images.dim() - 1:
         values = values[:, None]
-    return Maps(values, source.reduction if values.dim() > 2 else "sum", source.explainer)
+    expected, score = (None if one is None else one[rows].to(images) for one in (source.expected, source.score))
+    reduction = source.reduction if values.dim() > 2 else "sum"
+    return Maps(values, reduction, source.explainer, expected, score)
 
 
 def check_shapes(sources: Mapping[str, Source], images: Tensor) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, TypeAlias, TypeVar, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,9 +19,13 @@ from attrbox.engine.folding import Unwatched
 from attrbox.engine.recorder import forward
 from attrbox.errors import InputError, OptionError
 from attrbox.memory import backing_off
+from attrbox.methods.base import identity
+from attrbox.methods.base import methods as registry
+from attrbox.methods.chunk import Settings
+from attrbox.methods.run import Run
 from attrbox.perturbations import fill_images
 from attrbox.seeds import numbers, permutations
-from attrbox.shapes import ChannelReduction
+from attrbox.shapes import ChannelReduction, Provenance
 from attrbox.targets import Target, unwrap
 
 T = TypeVar("T")
@@ -34,11 +39,20 @@ _TIES, _FILL = 2**40, 2**40 + 1
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a method of the registry made maps: its options, and the seed of the call or one for each of its samples."""
+    """How a method of the registry made maps: its options, and the circumstances of the call."""
 
     method: str
     options: Mapping[str, Any]
-    seed: int | Sequence[int] = 0
+    provenance: Provenance = Provenance()
+
+    @property
+    def baseline(self) -> float | Tensor | None:
+        """What the image was compared with, or what hidden pixels showed: a number or a tensor; None if nothing was."""
+        spec = registry[self.method]
+        method = spec.create(self.options)
+        names = [info.name for info in spec.options if info.name in ("baseline", "fill")]
+        values = [getattr(method, name) for name in names]
+        return next((value for value in values if isinstance(value, int | float | Tensor)), None)
 
 
 # Makes maps [n, ...] in another way: (model, images [n, ...], class indices [n] or None, seeds of the images).
@@ -54,11 +68,15 @@ class Maps:
         values: [n, C or 1, H, W], as the method made them; [n, D] for vectors.
         reduction: how the channels become one map: their sum, or the largest.
         explainer: makes them again, if that is possible.
+        expected: what each map should sum to, [n], as its method said when it made them.
+        score: what was explained, [n], in units of the model's output.
     """
 
     values: Tensor
     reduction: ChannelReduction = "sum"
     explainer: Explainer | None = None
+    expected: Tensor | None = None
+    score: Tensor | None = None
 
     @cached_property
     def heatmap(self) -> Tensor:
@@ -306,42 +324,128 @@ class Study:
         """The maps of all methods for other images, or another model, by label.
 
         The target stays that of the study's images. Methods of the registry share their passes.
+
+        Raises:
+            InputError: the maps are not of the study's model, so that other maps cannot be compared with them.
         """
         explainers = {label: maps.explainer for label, maps in self.maps.items()}
         made: dict[str, Tensor] = {}
-        # One call for the methods whose maps were made with the same seed.
         recipes = [(label, one) for label, one in explainers.items() if isinstance(one, Recipe)]
-        for seed in {_frozen(recipe.seed): recipe.seed for _, recipe in recipes}.values():
-            alike = {label: recipe for label, recipe in recipes if _frozen(recipe.seed) == _frozen(seed)}
-            made.update(self._compared(model, images, alike, seed))
+        self.once(("of this model",), lambda: self._check_model([label for label, _ in recipes]))
+        # One call for the methods whose maps were made alike.
+        for provenance in {_frozen(recipe.provenance): recipe.provenance for _, recipe in recipes}.values():
+            alike = {label: one for label, one in recipes if _frozen(one.provenance) == _frozen(provenance)}
+            made.update(self._compared(model, images, alike, provenance))
         for label, one in explainers.items():
             if callable(one):
                 with torch.enable_grad():
                     made[label] = one(model, images, self.classes, self.seeds)
         return {
-            label: replace(maps, values=made[label].detach().to(self.images).view_as(maps.values))
+            label: replace(maps, values=_as_kept(made[label].detach().to(self.images), maps, label))
             for label, maps in self.maps.items()
         }
 
     def _compared(
-        self, model: nn.Module, images: Tensor, recipes: Mapping[str, Recipe], seed: int | Sequence[int]
+        self, model: nn.Module, images: Tensor, recipes: Mapping[str, Recipe], made: Provenance
     ) -> dict[str, Tensor]:
-        distinct = {f"{recipe.method} {sorted(recipe.options.items())}": recipe for recipe in recipes.values()}
-        listed = [(recipe.method, recipe.options) for recipe in distinct.values()]
+        distinct = {_named(recipe): recipe for recipe in recipes.values()}
+        listed = [(recipe.method, self._own(recipe.options)) for recipe in distinct.values()]
         compared = compare(
             model,
             images,
             listed,
             target=self.target.function if self.classes is None else self.classes,
-            seed=seed if isinstance(seed, int) else list(seed)[self.rows],
+            seed=made.seed if isinstance(made.seed, int) else list(made.seed)[self.rows],
             batch_size=self.batch_size,
-            channels_last=self.channels_last,
+            precision=made.precision,
+            channels_last=made.channels_last,
             progress=False,
         )
         maps = dict(zip(distinct, compared.values(), strict=True))
-        return {
-            label: maps[f"{recipe.method} {sorted(recipe.options.items())}"].values for label, recipe in recipes.items()
-        }
+        return {label: maps[_named(recipe)].values for label, recipe in recipes.items()}
+
+    def _own(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The options with the rows of these images, where a tensor has one for each of the call's."""
+        own = dict(options)
+        for name, value in options.items():
+            if isinstance(value, Tensor | np.ndarray):
+                one = self.shape if name == "segments" else self.images.shape[1:]
+                if tuple(value.shape) == (self.target.samples, *one):
+                    own[name] = value[self.rows]
+        return own
+
+    def _check_model(self, labels: Sequence[str]) -> None:
+        for label in labels:
+            if not bool(self.of_this_model(self.maps[label]).all()):
+                raise InputError(
+                    f"The maps of {label!r} explain another model: its scores differ. Explain this one, and measure "
+                    "these maps."
+                )
+
+    def of_this_model(self, maps: Maps) -> Tensor:
+        """Which of the maps explain the study's model, [n], by the scores that they explain; all, if those are unknown.
+
+        Scores differ by rounding: of single precision, or of the precision in which the maps were made.
+        """
+        if maps.score is None or self.model is None:
+            return torch.ones(len(self), dtype=torch.bool, device=self.images.device)
+        explainer = maps.explainer
+        precision = explainer.provenance.precision if isinstance(explainer, Recipe) else None
+        share = 1e-3 if precision is None else 0.1
+        limit = share * self.outputs.detach().reshape(len(self), -1).abs().amax(1).to(self.images.dtype)
+        return ((self.original() - maps.score).abs() <= limit) | maps.score.isnan()
+
+    def baseline_of(self, maps: Maps) -> float | Tensor | None:
+        """What a method compared each image with: a number or a tensor [1 or n, C, H, W]; None if nothing is known."""
+        if not isinstance(maps.explainer, Recipe):
+            return None
+        baseline = maps.explainer.baseline
+        return baseline if not isinstance(baseline, Tensor) else self.as_baseline(baseline)
+
+    def as_baseline(self, baseline: Tensor) -> Tensor:
+        """A tensor as a baseline of these images, [1 or n, C, H, W].
+
+        Raises:
+            InputError: its shape does not fit the images, or it is not finite.
+        """
+        return self.once(("baseline", id(baseline)), lambda: self._run(slice(0, len(self))).baseline(baseline))
+
+    def lost_channels(self, maps: Maps) -> bool:
+        """Whether the largest channel stands for all, so that their sum cannot be told any more."""
+        return maps.reduction == "max" and self.images.dim() > 2 and maps.values.shape[1] < self.images.shape[1]
+
+    def promised(self, maps: Maps) -> Tensor | None:
+        """What the values of each map should sum to by its method, [n], on the study's model.
+
+        None if the method promises no sum, or how the maps were made is unknown. NaN for maps of another model that
+        only tell what they should have summed to there.
+        """
+        explainer = maps.explainer
+        if not isinstance(explainer, Recipe):
+            if maps.expected is None:
+                return None
+            return torch.where(self.of_this_model(maps), maps.expected, torch.nan)
+        method = registry[explainer.method].create(explainer.options)
+        parts: list[Tensor] = []
+        while (start := sum(map(len, parts))) < len(self):
+
+            def work(size: int, start: int = start) -> Tensor | None:
+                run = self._run(slice(start, min(start + size, len(self))), explainer.provenance)
+                return method.expected(run)
+
+            part, self.per_pass = backing_off(self.per_pass, work)
+            if part is None:
+                return None
+            parts.append(part[:, 0].to(self.images.dtype))
+        return torch.cat(parts)
+
+    def _run(self, part: slice, made: Provenance | None = None) -> Run:
+        """Some of the images as methods see them."""
+        assert self.model is not None
+        made = made or Provenance()
+        settings = Settings(self.target, (0,), made.precision, made.channels_last)  # nothing is drawn
+        rows = slice(self.rows.start + part.start, self.rows.start + part.stop)
+        return Run(self.model, self.images[part], settings, rows, part.stop - part.start)
 
     def once(self, key: tuple[Any, ...], compute: Callable[[], T]) -> T:
         """What `compute` returns, computed the first time that `key` is asked for."""
@@ -350,8 +454,25 @@ class Study:
         return cast(T, self._cache[key])
 
 
-def _frozen(seed: int | Sequence[int]) -> int | tuple[int, ...]:
-    return seed if isinstance(seed, int) else tuple(seed)
+def _frozen(made: Provenance) -> tuple[object, ...]:
+    seed = made.seed if isinstance(made.seed, int) else tuple(made.seed)
+    return (seed, made.precision, made.channels_last)
+
+
+def _named(recipe: Recipe) -> str:
+    return f"{recipe.method} {sorted((name, str(identity(value))) for name, value in recipe.options.items())}"
+
+
+def _as_kept(values: Tensor, maps: Maps, label: str) -> Tensor:
+    """New maps in the form of those that are kept, which may have their channels reduced."""
+    kept = maps.values
+    if values.dim() == kept.dim() > 2 and kept.shape[1] == 1 < values.shape[1]:
+        values = values.sum(1, keepdim=True) if maps.reduction == "sum" else values.amax(1, keepdim=True)
+    if values.numel() != kept.numel():
+        raise InputError(
+            f"Expected maps of shape {list(kept.shape)} when {label!r} explains again, got {list(values.shape)}."
+        )
+    return values.reshape(kept.shape)
 
 
 def _pieces(requests: Sequence[Views], start: int, stop: int) -> list[tuple[int, slice]]:
