@@ -202,11 +202,15 @@ class _Call:
 
 
 def _run(given: object, images: Tensor, chosen: _Chosen, call: _Call) -> Comparison:
+    with torch.inference_mode(False):
+        return _run_outside_of_inference_mode(given, images, chosen, call)
+
+
+def _run_outside_of_inference_mode(given: object, images: Tensor, chosen: _Chosen, call: _Call) -> Comparison:
     differentiating = [label for label, (_, method) in chosen.items() if method.needs_gradients]
     model = check_model(given, differentiating)
-    with torch.inference_mode(False):
-        images = check_images(images).detach()
-        images = images.clone() if images.is_inference() else images  # the clone is an ordinary tensor
+    images = check_images(images).detach()
+    images = images.clone() if images.is_inference() else images  # the clone is an ordinary tensor
     count = len(images)
     target = Target(call.target, count)
     seeds = check_seeds(call.seed, count)
@@ -237,7 +241,7 @@ def _run(given: object, images: Tensor, chosen: _Chosen, call: _Call) -> Compari
     for text in bad.values():
         if call.strict:
             raise NonFiniteError(text)
-        warnings.warn(text, NonFiniteWarning, stacklevel=3)
+        warnings.warn(text, NonFiniteWarning, stacklevel=4)
     return _collect(chosen, chunks, images, target, call)
 
 

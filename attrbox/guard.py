@@ -1,6 +1,7 @@
 """The user's model and process are left exactly as they were, also after an exception."""
 
 import contextlib
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -68,6 +69,9 @@ def check_model(model: object, differentiating: Sequence[str] = ("explaining",))
     return model
 
 
+_TURN = threading.RLock()  # one for all models, as two may share parameters
+
+
 @contextlib.contextmanager
 def untouched(model: nn.Module) -> Iterator[nn.Module]:
     """Run `model` in evaluation mode with frozen parameters; put everything back on exit.
@@ -75,37 +79,41 @@ def untouched(model: nn.Module) -> Iterator[nn.Module]:
     Everything is: each module's `training`, each parameter's `requires_grad`, the value and identity of each
     buffer, and the global random state of the CPU and of the model's GPUs. Gradients are enabled inside,
     whatever the caller's mode. Frozen parameters save memory: a convolution then keeps no input for them.
+
+    Threads take turns, so that each finds the model as its user left it; a call within a call of the same thread goes
+    on at once. A step of training in another thread meanwhile finds the parameters frozen: train and explain by turns.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    # A wrapper around a model in evaluation mode is born in training mode, which changes nothing: only leaves count.
-    if any(training and next(module.children(), None) is None for module, training in modes):
-        warnings.warn(
-            "The model is in training mode; it is explained in evaluation mode (dropout off, batch-norm with its "
-            "running statistics) and put back afterwards. Call model.eval() first to silence this.",
-            TrainingModeWarning,
-            stacklevel=4,
-        )
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    buffers = [
-        (module, name, buffer, buffer.detach().clone(), buffer._version)
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
-    devices = {tensor.device.index for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda}
-    with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=sorted(devices)):
-        try:
-            for module, _ in modes:
-                module.training = False  # not module.eval(): a user's override of train() may have side effects
-            for parameter, _ in flags:
-                parameter.requires_grad_(False)
-            yield model
-        finally:
-            for module, training in modes:
-                module.training = training
-            for parameter, requires_grad in flags:
-                parameter.requires_grad_(requires_grad)
-            for module, name, buffer, value, version in buffers:
-                if buffer._version != version:
-                    buffer.detach().copy_(value)
-                module._buffers[name] = buffer
+    with _TURN:
+        modes = [(module, module.training) for module in model.modules()]
+        # A wrapper around a model in evaluation mode is born in training mode, which changes nothing: leaves count.
+        if any(training and next(module.children(), None) is None for module, training in modes):
+            warnings.warn(
+                "The model is in training mode; it is explained in evaluation mode (dropout off, batch-norm with its "
+                "running statistics) and put back afterwards. Call model.eval() first to silence this.",
+                TrainingModeWarning,
+                stacklevel=5,
+            )
+        flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        buffers = [
+            (module, name, buffer, buffer.detach().clone(), buffer._version)
+            for module in model.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
+        devices = {tensor.device.index for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda}
+        with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=sorted(devices)):
+            try:
+                for module, _ in modes:
+                    module.training = False  # not module.eval(): a user's override of train() may have side effects
+                for parameter, _ in flags:
+                    parameter.requires_grad_(False)
+                yield model
+            finally:
+                for module, training in modes:
+                    module.training = training
+                for parameter, requires_grad in flags:
+                    parameter.requires_grad_(requires_grad)
+                for module, name, buffer, value, version in buffers:
+                    if buffer._version != version:
+                        buffer.detach().copy_(value)
+                    module._buffers[name] = buffer

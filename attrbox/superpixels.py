@@ -74,7 +74,7 @@ def given(segments: Any, count: int, rows: slice, sides: Sequence[int]) -> Tenso
     Raises:
         InputError: the labels have another shape, or are no whole numbers.
     """
-    labels = torch.as_tensor(segments)
+    labels = torch.as_tensor(segments, device=None if isinstance(segments, torch.Tensor) else "cpu")
     whole = not (labels.is_floating_point() or labels.is_complex() or labels.dtype is torch.bool)
     fits = labels.numel() > 0 and tuple(labels.shape) in (tuple(sides), (count, *sides))
     if not whole or not fits:

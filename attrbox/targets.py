@@ -196,14 +196,15 @@ def _whole_numbers(target: Any) -> Tensor:
     if isinstance(target, Tensor):
         if target.is_floating_point() or target.is_complex() or target.dtype is torch.bool:
             raise TargetError(f"Expected class indices as whole numbers, got a tensor of {target.dtype}.")
-        return target.detach().to("cpu", torch.int64)
+        numbers = target.detach().to("cpu", torch.int64)
+        return numbers.clone() if numbers.is_inference() else numbers
     try:
         if isinstance(target, bool | str | float):
             raise TypeError
         if isinstance(target, Sequence) or getattr(target, "ndim", 0) > 0:  # a list, or an array of numpy
             rows = [_whole_numbers(item) for item in target]
-            return torch.stack(rows) if rows else torch.zeros(0, dtype=torch.int64)
-        return torch.tensor(operator.index(target))
+            return torch.stack(rows) if rows else torch.zeros(0, dtype=torch.int64, device="cpu")
+        return torch.tensor(operator.index(target), device="cpu")
     except (TypeError, RuntimeError):
         raise TargetError(
             "Expected a class index, one per sample, attrbox.classes(...), attrbox.top(K), a function or None, "

@@ -98,6 +98,7 @@ class Chunk:
             return torch.full_like(self.images[:1], float(baseline))
         wanted = self.images.shape[1:]
         tensor = baseline.detach().to(self.images)
+        tensor = tensor.clone() if tensor.is_inference() else tensor
         if not tensor.is_meta and not bool(tensor.isfinite().all()):
             raise InputError("Expected a finite baseline, got NaN or infinity in it.")
         if tensor.shape == wanted:

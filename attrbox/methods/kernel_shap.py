@@ -66,7 +66,9 @@ class KernelShap(Segmented):
             _solved(shown, weights, scores[1 : 1 + len(shown), row], base[row], whole[row])
             for row, (shown, weights) in enumerate(games)
         ]
-        complete = torch.tensor([len(shown) == 2**count - 2 for (shown, _), count in zip(games, counts, strict=True)])
+        complete = torch.tensor(
+            [len(shown) == 2**count - 2 for (shown, _), count in zip(games, counts, strict=True)], device="cpu"
+        )
         run.tell(base=base.to(run.images), exact=complete.to(run.images.device)[:, None].expand(run.scores.shape))
         return self.spread(run, values, segments)
 
@@ -112,7 +114,7 @@ def _solved(shown: Tensor, weights: Tensor, scores: Tensor, base: Tensor, whole:
     even = ((whole - base) / d).expand(d, -1)
     if d == 1:
         return even.T
-    across: Tensor = torch.linalg.qr(torch.eye(d, dtype=shown.dtype) - 1 / d)[0][:, : d - 1]
+    across: Tensor = torch.linalg.qr(torch.eye(d, dtype=shown.dtype, device=shown.device) - 1 / d)[0][:, : d - 1]
     found = least_squares(shown @ across, scores - base - shown @ even, weights)
     values: Tensor = even + across @ found
     return values.T

@@ -125,7 +125,7 @@ def least_squares(design: Tensor, values: Tensor, weights: Tensor, ridge: float 
         ridge: weight of the penalty.
     """
     root = weights.sqrt()[:, None]
-    penalty = ridge**0.5 * torch.eye(design.shape[1], dtype=design.dtype)
+    penalty = ridge**0.5 * torch.eye(design.shape[1], dtype=design.dtype, device=design.device)
     left = torch.cat([root * design, penalty])
     right = torch.cat([root * values, values.new_zeros(design.shape[1], values.shape[1])])
     solution: Tensor = torch.linalg.lstsq(left, right, driver="gelsd").solution
