@@ -67,7 +67,13 @@ LAYERS = [
     ["attrbox.__main__"],
 ]
 # For annotations alone, that is, under TYPE_CHECKING.
-ALLOWED_FOR_TYPES = {("attrbox.methods.base", "attrbox.methods.run")}
+ALLOWED_FOR_TYPES = {
+    ("attrbox.methods.base", "attrbox.methods.run"),
+    ("attrbox.metrics.base", "attrbox.metrics.sources"),
+}
+    ("attrbox.methods.base", "attrbox.methods.run"),
+    ("attrbox.metrics.base", "attrbox.metrics.sources"),
+}
 
 MODULES = {
     ".".join(("attrbox", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__"): path
