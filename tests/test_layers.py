@@ -71,9 +71,6 @@ ALLOWED_FOR_TYPES = {
     ("attrbox.methods.base", "attrbox.methods.run"),
     ("attrbox.metrics.base", "attrbox.metrics.sources"),
 }
-    ("attrbox.methods.base", "attrbox.methods.run"),
-    ("attrbox.metrics.base", "attrbox.metrics.sources"),
-}
 
 MODULES = {
     ".".join(("attrbox", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__"): path
