@@ -5,6 +5,7 @@ Every method that looks inside of the model is tried on a few images:
     exact        keeps what it promises: a recorded pass equal to the native one, and where maps sum to a difference of
                  scores, a gap below `TOLERANCE`
     approximate  an operation on the way is not understood and keeps its true derivative, or a sum is off
+    not tested   these images tell nothing: there are none, their scores are zero, or their maps are empty
     refused      raises, with the reason
 """
 
@@ -17,12 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from attrbox.compare import explain
-from attrbox.engine.recorder import forward
 from attrbox.errors import AttrboxError, InputError, NonFiniteWarning
-from attrbox.guard import check_model, untouched
+from attrbox.guard import check_model
 from attrbox.methods.base import methods as registry
 from attrbox.shapes import Attribution
-from attrbox.targets import unwrap
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2}
 # As few passes as methods of many need to show whether they run.
@@ -31,7 +30,14 @@ _BRIEF: Mapping[str, Any] = {"iterations": 1, "samples": 2, "steps": 2}
 
 @dataclass(frozen=True)
 class Finding:
-    """One method on one model. `verdict` is "exact", "approximate" or "refused"; `maps` what it was judged by."""
+    """One method on one model.
+
+    Attributes:
+        method: its name.
+        verdict: "exact", "approximate", "not tested" or "refused".
+        reason: why.
+        maps: what it was judged by.
+    """
 
     method: str
     verdict: str
@@ -53,6 +59,12 @@ class Diagnosis:
     operations: Mapping[str, int] = field(default_factory=dict)
     unknown: Mapping[str, int] = field(default_factory=dict)
 
+    @property
+    def exact(self) -> bool:
+        """Whether all verdicts are exact. A method that is meant for other kinds of models may refuse this one."""
+        meant = [f for f in self.findings if f.verdict != "refused" or not registry[f.method].only_for]
+        return all(finding.verdict == "exact" for finding in meant)
+
     def __getitem__(self, method: str) -> Finding:
         return next(finding for finding in self.findings if finding.method == registry[method].name)
 
@@ -67,23 +79,25 @@ class Diagnosis:
 
 
 def doctor(model: nn.Module, images: Tensor, methods: Iterable[str] | None = None, target: Any = None) -> Diagnosis:
-    """What is exact, approximate or refused for this model, and why.
+    """What is exact, approximate, not tested or refused for this model, and why.
 
     Args:
         model: as for `attrbox.explain`; left as it was.
         images: one or a few of its inputs, [n, C, H, W]; float64, with the model in float64, makes the sharpest test.
+            Without any, nothing is tested.
         methods: names; None for all that use rules or layers of the model, and the plain gradient.
         target: what is explained; default: each sample's largest output.
 
     Raises:
-        AttrboxError: the model does not run at all.
+        AttrboxError: the model does not run at all, or has no such target.
     """
     if not isinstance(images, Tensor) or not images.is_floating_point():
         raise InputError(f"Expected images as a floating-point tensor [n, C, H, W], got {type(images).__name__}.")
     module = check_model(model)
-    with untouched(module), torch.no_grad():
-        native = unwrap(forward(module, images.clone()))
     names = [registry[name].name for name in methods] if methods is not None else _looking_inside()
+    if images.numel() == 0:
+        return Diagnosis(tuple(Finding(name, "not tested", "there are no images") for name in names))
+    native = explain(module, images, "random", target=target, progress=False).score.cpu()  # nothing is recorded
     operations: dict[str, int] = {}
     unknown: dict[str, int] = {}
     findings = []
@@ -116,27 +130,43 @@ def _looking_inside() -> list[str]:
 
 
 def _judged(maps: Attribution, native: Tensor) -> tuple[str, str]:
+    """The verdict on maps, and its reason.
+
+    Args:
+        maps: of a method.
+        native: the scores that they explain, by a pass in which nothing is recorded.
+    """
     if not bool(maps.values.isfinite().all()):
         return "approximate", "the map has values that are not finite"
-    if maps.target is not None and native.dim() == 2:
-        expected = native.gather(1, maps.target.view(len(native), -1)).view(maps.score.shape)
-        error = float(
-            (maps.score - expected).abs().max() / expected.abs().max().clamp_min(torch.finfo(native.dtype).tiny)
-        )
-        if error > TOLERANCE.get(native.dtype, 1e-2):
-            return "approximate", f"the recorded score differs from the model's own by {error:.0e}"
+    tolerance = TOLERANCE.get(native.dtype, 1e-2)
+    largest = float(native.abs().max())
+    if not largest:
+        return "not tested", "every score is zero on these images. Load trained weights, or choose other images"
+    error = float((maps.score.cpu() - native).abs().max()) / largest
+    if error > tolerance:
+        return "approximate", f"the recorded score differs from the model's own by {error:.0e}"
     if maps.coverage.unknown:
         names = ", ".join(_tally(maps.coverage.unknown))
         return "approximate", f"true derivative at {names}, which no rule knows"
-    if maps.gap is None or maps.relative_gap is None:
+    mass = maps.values.abs().flatten(maps.score.dim()).sum(-1).cpu()
+    if maps.gap is not None and "baseline" in maps.options and "steps" not in maps.options:
+        gap = float((maps.gap.abs().cpu() / mass).nan_to_num(0.0, posinf=float("inf")).max())  # infinite: wrongly empty
+        if mass.any() or gap:
+            return "exact" if gap < tolerance else "approximate", f"complete to {gap:.0e} of the map"
+    if not mass.any():
+        return "not tested", f"{_why_empty(maps)}. Load trained weights, or choose other images or targets"
+    if maps.relative_gap is None:
         return "exact", "as defined"
-    gap = float((maps.gap.abs() / maps.values.abs().flatten(1).sum(1).clamp_min(1e-30)).max())
-    if "baseline" in maps.options and "steps" not in maps.options:
-        sharp = gap < TOLERANCE.get(maps.values.dtype, 1e-2)
-        return "exact" if sharp else "approximate", f"complete to {gap:.0e} of the map"
-    if bool(maps.relative_gap.isnan().all()):
-        return "exact", "an empty map, as no score is positive"
-    return "exact", f"biases, stabilisers and clamps absorb {float(maps.relative_gap.nanmedian()):.0%} of the score"
+    share = float(maps.relative_gap.nanmedian())
+    if "steps" in maps.options:
+        return "exact", f"as defined; with {maps.options['steps']} steps it is complete to {share:.0e} of the score"
+    return "exact", f"biases, stabilisers and clamps absorb {share:.0%} of the score"
+
+
+def _why_empty(maps: Attribution) -> str:
+    if maps.expected is None or maps.expected.any():
+        return "every map is zero"
+    return "the score is that of the baseline" if "baseline" in maps.options else "no score is positive"
 
 
 def _tally(operations: Iterable[Any]) -> dict[str, int]:

@@ -31,8 +31,8 @@ X = images(2, 3, 8, 8)
 
 def subject(model: nn.Module | None = None) -> types.SimpleNamespace:
     model = model or relu_net(pool=True)
-    plain = attrbox.explain(model, X, "saliency", absolute=False, target=1, progress=False).values
-    target = torch.tensor([1, 1])
+    plain = attrbox.explain(model, X, "saliency", absolute=False, target=3, progress=False).values
+    target = torch.tensor([3, 3])
     return types.SimpleNamespace(name="resnet18", model=model, images=X, target=target, gradient=lambda: plain)
 
 
@@ -106,7 +106,7 @@ def test_what_peers_do():
 
     assert coverage.peer_cell(one, "a GuidedBackprop", lambda s, x: one.gradient()) == {"verdict": "gradient"}
     assert coverage.peer_cell(one, "a DeepLift", lambda s, x: X * one.gradient())["verdict"] == "gradient"
-    lift = attrbox.explain(one.model, X, "deeplift", target=1, progress=False).values
+    lift = attrbox.explain(one.model, X, "deeplift", target=3, progress=False).values
     assert coverage.peer_cell(one, "a DeepLift", lambda s, x: lift)["verdict"] == "exact"
     assert coverage.peer_cell(one, "a LRP", lambda s, x: X * one.gradient()) == {"verdict": "runs"}
     assert coverage.peer_cell(one, "a Plus", lambda s, x: X / 0) == {"verdict": "not finite"}

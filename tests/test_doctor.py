@@ -1,5 +1,6 @@
 """The doctor's verdicts, strict mode, and models written in other styles than torchvision's."""
 
+import sys
 import types
 
 import pytest
@@ -12,6 +13,7 @@ from typer.testing import CliRunner
 
 import attrbox
 from attrbox.cli import app
+from attrbox.doctor import Diagnosis, Finding
 from attrbox.errors import ForwardError, InputError, UnknownNameError, UnsupportedModelError
 
 X = images(2, 3, 8, 8)
@@ -140,6 +142,8 @@ def test_models_of_other_styles(style):
         elif finding.method in CAM and style in ("lambdas", "recurrent"):
             assert finding.verdict == "refused"
             assert "no spatial feature map" in finding.reason
+        elif finding.method in {*CAM, "deep_taylor"} and finding.verdict == "not tested":
+            assert not finding.maps.values.any()
         elif not finding.method.startswith("learned"):
             assert finding.verdict == "exact", finding
     for baseline in (0.0, images(3, 8, 8, seed=5), images(2, 3, 8, 8, seed=6)):
@@ -203,12 +207,78 @@ def test_an_incomplete_rule_is_found_out(monkeypatch):
     assert diagnosis["deeplift"].verdict == "approximate"
 
 
+class Silent(nn.Module):
+    """All scores are zero, or all are a constant: the last layer was not trained yet."""
+
+    def __init__(self, level: float) -> None:
+        super().__init__()
+        self.inside, self.head = TRANSFORMERS["vit"](), nn.Linear(4, 4).double()
+        nn.init.zeros_(self.head.weight)
+        nn.init.constant_(self.head.bias, level)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.inside(x)[:, :4])
+
+
+def verdicts(diagnosis):
+    return {finding.method: finding.verdict for finding in diagnosis.findings}
+
+
+@pytest.mark.parametrize(
+    ("model", "x", "but"),
+    [
+        (Silent(0.0), images(2, 3, 16, 16), set()),
+        (Silent(1.0), images(2, 3, 16, 16), {"attention_rollout"}),  # which does not look at the scores
+        (TRANSFORMERS["vit"](), images(2, 3, 16, 16)[:0], set()),
+    ],
+    ids=["zero scores", "empty maps", "no images"],
+)
+@pytest.mark.parametrize("target", [None, 1, attrbox.top(2), lambda scores: scores[:, 2]])
+def test_where_the_images_tell_nothing_nothing_is_exact(model, x, but, target):
+    diagnosis = attrbox.doctor(model.eval(), x, target=target)
+    assert set(verdicts(diagnosis).values()) <= {"not tested", "exact"}
+    assert {name for name, verdict in verdicts(diagnosis).items() if verdict == "exact"} == but
+    assert all(finding.reason for finding in diagnosis.findings)
+    assert not diagnosis.exact
+
+
+def test_one_image_that_tells_something_is_enough():
+    model = residual_net()
+    x = torch.cat([X, X * 0])  # the baseline itself
+    assert attrbox.doctor(model, x[:2], ["deeplift"]).exact
+    assert attrbox.doctor(model, x, ["deeplift"]).exact
+    finding = attrbox.doctor(model, x[2:], ["deeplift"])["deeplift"]
+    assert (finding.verdict, finding.reason.split(".")[0]) == ("not tested", "the score is that of the baseline")
+
+
+def test_an_empty_map_that_should_not_be_is_no_lack_of_tests(monkeypatch):
+    from attrbox.methods.run import Run
+
+    original = Run.gradient
+    monkeypatch.setattr(Run, "gradient", lambda *args, **options: original(*args, **options) * 0)
+    assert verdicts(attrbox.doctor(residual_net(), X, ["deeplift", "saliency"])) == {
+        "deeplift": "approximate",
+        "saliency": "not tested",
+    }
+
+
+@pytest.mark.parametrize("target", [None, attrbox.top(2), lambda scores: scores[:, 2]])
+def test_a_recorded_score_that_is_another_is_found_out(monkeypatch, target):
+    from attrbox.methods.recorded import Recorded
+
+    original = Recorded.output
+    monkeypatch.setattr(Recorded, "_output", lambda self: original(self, self.tape) + 1)
+    finding = attrbox.doctor(residual_net(), X, ["guided_backprop"], target=target).findings[0]
+    assert finding.verdict == "approximate"
+    assert "recorded score" in finding.reason
+
+
 def test_the_map_of_a_score_that_is_not_positive_is_empty():
     model, x = relu_net(), X[:1]
     least = int(model(x).argmin())
     assert model(x)[0, least] < 0
     finding = attrbox.doctor(model, x, ["deep_taylor"], target=least)["deep_taylor"]
-    assert (finding.verdict, finding.reason) == ("exact", "an empty map, as no score is positive")
+    assert (finding.verdict, finding.reason.split(".")[0]) == ("not tested", "no score is positive")
     assert not finding.maps.values.any()
 
 
@@ -227,5 +297,26 @@ def test_the_command():
     assert result.exit_code == 0, result.output
     assert "| deeplift | exact | complete to" in result.output
     assert "| attention_rollout | refused |" in result.output
+    strict = ["doctor", "torchvision:squeezenet1_1", "--weights", "none", "--size", "48", "--strict"]
+    assert CliRunner().invoke(app, strict).exit_code == 0
     missing = CliRunner().invoke(app, ["doctor", "torchvision:squeezenet9"])
     assert missing.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("verdict", "method", "status"),
+    [
+        ("exact", "deeplift", 0),
+        ("approximate", "deeplift", 1),
+        ("not tested", "deeplift", 1),
+        ("refused", "grad_cam", 1),
+        ("refused", "attention_rollout", 0),  # meant for transformers
+        ("approximate", "attention_rollout", 1),
+    ],
+)
+def test_strict_exit_status(monkeypatch, verdict, method, status):
+    found = Diagnosis((Finding("saliency", "exact", "as defined"), Finding(method, verdict, "why")))
+    monkeypatch.setattr(sys.modules["attrbox.doctor"], "doctor", lambda *arguments: found)
+    command = ["doctor", "torchvision:squeezenet1_1", "--weights", "none"]
+    assert CliRunner().invoke(app, command).exit_code == 0
+    assert CliRunner().invoke(app, [*command, "--strict"]).exit_code == status

@@ -17,11 +17,15 @@ def doctor(
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, ...")] = "cpu",
     seed: Annotated[int, typer.Option(help="Of the image, and of random weights.")] = 0,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Exit status 1 unless every method for this kind of model is exact.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """What is exact, approximate or refused for a model, and why; tried in float64 on an image of noise.
+    """What is exact, approximate, not tested or refused for a model, and why; tried in float64 on an image of noise.
 
-    Exit status 2 if the model cannot be loaded or does not run.
+    Exit status 1 with --strict if a verdict is another than exact (methods that are for other kinds of models may
+    refuse), 2 if the model cannot be loaded or does not run.
 
     Examples: `attrbox doctor torchvision:swin_t --weights none`, `attrbox doctor efficientnet_lite0 --json`
     """
@@ -44,3 +48,5 @@ def doctor(
         say_json({"model": loaded.name, "findings": findings, **made_of})
     else:
         say(diagnosis.table())
+    if strict and not diagnosis.exact:
+        raise typer.Exit(1)
