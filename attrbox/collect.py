@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attrbox.errors import InputError, OptionError
-from attrbox.files import whole_file
 from attrbox.hdf5 import checksum
+from attrbox.journal import replacing
 from attrbox.maps import MapsFile, open_maps
 from attrbox.methods.base import check_count
 
@@ -160,7 +160,7 @@ def _concatenated(
     """The samples of all parts one after another."""
     first = parts[0][0]
     count = sum(len(rows) for _, rows in parts)
-    with whole_file(path, overwrite) as new, h5py.File(new, "w") as file:
+    with replacing(path, overwrite) as new, h5py.File(new, "w") as file:
         _begin(file, [part for part, _ in parts], count)
         for name, _ in _datasets(first.file):
             sources = [(part.file[name], rows) for part, rows in parts]
@@ -176,7 +176,7 @@ def _united(parts: Sequence[MapsFile], path: str | Path, virtual: bool, overwrit
     labels = [label for part in parts for label in part]
     if twice := [label for label in labels if labels.count(label) > 1]:
         raise InputError(f"Expected files of different samples or of different methods, but two have {twice[0]!r}.")
-    with whole_file(path, overwrite) as new, h5py.File(new, "w") as file:
+    with replacing(path, overwrite) as new, h5py.File(new, "w") as file:
         _begin(file, parts, parts[0].samples)
         for part in parts:
             rows = np.arange(part.samples)

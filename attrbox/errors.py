@@ -15,6 +15,7 @@
     ├── TrainingError         a model could not be trained; the original exception is the cause
     ├── OutOfMemoryError      not even one image fits
     └── FileError             a file that cannot be read or written
+        └── BusyError         a file that another process is writing
 
 Every message says what was expected, what came, and what to do. Each class also derives from the
 built-in exception that callers would expect (`ValueError`, `RuntimeError`, ...).
@@ -82,6 +83,10 @@ class OutOfMemoryError(AttrboxError, MemoryError):
 
 class FileError(AttrboxError, OSError):
     """A file cannot be read or written."""
+
+
+class BusyError(FileError):
+    """Another process is writing the file."""
 
 
 class PluginWarning(UserWarning):

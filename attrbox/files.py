@@ -1,4 +1,4 @@
-"""Files appear whole or not at all."""
+"""Files appear whole or not at all, also where the power fails."""
 
 import os
 import uuid
@@ -30,7 +30,10 @@ def whole_file(path: str | Path, overwrite: bool = True, locked: bool = False) -
             raise FileError(f"The file {str(path)!r} exists already. Choose another name, or pass overwrite=True.")
         path.parent.mkdir(parents=True, exist_ok=True)
         yield part
+        with open(part, "r+b") as file:  # a name must not become durable before what it names
+            os.fsync(file.fileno())
         os.replace(part, path)
+        settle(path.parent)
     except AttrboxError:
         raise
     except (OSError, RuntimeError, ValueError) as error:  # h5py raises any of these

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from attrbox.errors import AttrboxError, FileError, InputError
-from attrbox.files import settle, whole_file
+from attrbox.files import whole_file
 from attrbox.hdf5 import (
     SCHEMA,
     Columns,
@@ -95,8 +95,7 @@ class Layout:
                     file["samples/source"] = np.array(self.sources, object)
                 if self.photographs:
                     file.create_dataset("samples/photograph", (len(self.ids),), _PICTURE)
-            journal.clear()  # it may be of a file that was here before
-        settle(journal.path.parent)
+            journal.forget()  # it may be of a file that was here before
 
     def add(self, file: h5py.File, first: Written) -> None:
         """Make room for the methods of which there are maps."""

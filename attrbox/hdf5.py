@@ -46,8 +46,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from attrbox.errors import InputError, OptionError
-from attrbox.files import whole_file
 from attrbox.hashing import tensor_bytes
+from attrbox.journal import replacing
 from attrbox.shapes import Attribution, Provenance
 
 SCHEMA = 1
@@ -110,7 +110,7 @@ def write_maps(
         OptionError: an unknown dtype or compression, or a seed beyond 64 bits.
     """
     columns = sample_columns(attributions, predictions=predictions, labels=labels, ids=ids, sources=sources, seed=seed)
-    with whole_file(path, overwrite) as part, h5py.File(part, "w") as file:
+    with replacing(path, overwrite) as part, h5py.File(part, "w") as file:
         write_header(file, model_name=model_name, weights_sha256=weights_sha256, config=config)
         create_datasets(
             file,

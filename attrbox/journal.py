@@ -24,8 +24,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from attrbox.errors import FileError
-from attrbox.files import settle
+from attrbox.errors import BusyError, FileError
+from attrbox.files import settle, whole_file
 
 if sys.platform != "win32":
     import fcntl
@@ -40,7 +40,8 @@ class Journal:
     """The right to write a file, which need not exist yet: `with Journal(path) as journal: ...`.
 
     Raises:
-        FileError: another process or object has it, or the folder cannot be written.
+        BusyError: another process or object has it.
+        FileError: the folder cannot be written.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -80,6 +81,14 @@ class Journal:
     def clear(self) -> None:
         """Forget what is written here."""
         os.ftruncate(self._file.fileno(), 0)
+
+    def forget(self) -> None:
+        """Do to the file what is written here, and forget it durably: it must never be done to another in its place."""
+        if os.fstat(self._file.fileno()).st_size and self.path.exists():
+            with open(self.path, "r+b", buffering=0) as file:
+                self.apply(file)
+        self.clear()
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Give the right back."""
@@ -230,6 +239,19 @@ class Transactions(io.RawIOBase):
             self._pages[number][first - origin : last - origin] = view[first - start : last - start]
 
 
+@contextmanager
+def replacing(path: str | Path, overwrite: bool) -> Iterator[Path]:
+    """A new file in the place of `path`, as `attrbox.files.whole_file`, unless somebody is writing the one there.
+
+    Raises:
+        BusyError: another process or object is writing it.
+        FileError: as for `whole_file`.
+    """
+    with Journal(path) as journal, whole_file(path, overwrite, locked=True) as part:
+        yield part
+        journal.forget()
+
+
 def recover(path: str | Path) -> None:
     """Finish a commit that was interrupted; does nothing if there is none, or while a living process is writing.
 
@@ -267,7 +289,7 @@ def _lock(path: Path) -> IO[bytes]:
             raise _cannot("write beside", path, error) from error
         try:
             if not _locked(journal):
-                raise FileError(
+                raise BusyError(
                     f"{str(path)!r} is being written by another process. Wait for it, stop it, or choose another path."
                 )
             if _is_still(journal, journal_of(path)):  # not removed by its last owner before we locked it

@@ -15,8 +15,8 @@ import numpy as np
 import torch.distributed
 
 from attrbox.collect import merge
-from attrbox.errors import FileError, InputError, OptionError
-from attrbox.journal import Journal, is_being_written
+from attrbox.errors import BusyError, FileError, InputError, OptionError
+from attrbox.journal import is_being_written
 from attrbox.maps import open_maps
 
 
@@ -93,23 +93,10 @@ class Shard:
         paths = [Shard(index, self.count).path(whole) for index in range(self.count)]
         if not all(path.exists() and not is_being_written(path) and _complete(path, labels) for path in paths):
             return False
-        with suppress(_BusyError), _right(whole):
+        with suppress(BusyError):  # another process is joining
             if not (whole.exists() and _content(whole) == [entry for path in paths for entry in _content(path)]):
                 merge(paths, whole, virtual=True, overwrite=True)
         return True
-
-
-class _BusyError(Exception):
-    """Another process is joining."""
-
-
-def _right(whole: Path) -> Journal:
-    try:
-        return Journal(whole)
-    except FileError as error:
-        if is_being_written(whole):
-            raise _BusyError from error
-        raise
 
 
 def _complete(path: Path, labels: Sequence[str]) -> bool:
