@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from attrbox.errors import OptionError
+from attrbox.errors import OptionError, shown
 from attrbox.methods.base import methods as registry
 from attrbox.models import LoadedModel
 
@@ -32,7 +32,9 @@ def parse_methods(texts: list[str]) -> list[tuple[str, dict[str, Any]]]:
         name, colon, settings = entry.partition(":")
         pairs = [setting.partition("=") for setting in re.split(_BETWEEN_OPTIONS, settings)] if colon else []
         if not name or "=" in name or not all(key.strip() and value.strip() for key, _, value in pairs):
-            raise OptionError(f"Expected methods as NAME,NAME:OPTION=VALUE,OPTION=VALUE, got {entry!r} in {texts}.")
+            raise OptionError(
+                f"Expected methods as NAME,NAME:OPTION=VALUE,OPTION=VALUE, got {shown(entry)} in {texts}."
+            )
         if entry == "all":
             parsed.extend((known, {}) for known in registry if registry[known].for_all)
         else:

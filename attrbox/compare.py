@@ -4,6 +4,7 @@ The plan is short, because a `Run` keeps what it has computed: the forward pass 
 methods, those that replay it come first, and then it is forgotten before the passes over paths and noise begin.
 """
 
+import contextlib
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +16,16 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from attrbox.errors import InputError, ModelError, NonFiniteError, NonFiniteWarning, OptionError, UnsupportedModelError
+from attrbox.errors import (
+    InputError,
+    ModelError,
+    NonFiniteError,
+    NonFiniteWarning,
+    OptionError,
+    TargetError,
+    UnsupportedModelError,
+    shown,
+)
 from attrbox.guard import check_model, untouched
 from attrbox.hdf5 import write_maps
 from attrbox.memory import backing_off, images_per_pass
@@ -194,11 +204,11 @@ class _Call:
     def __post_init__(self) -> None:
         if self.precision not in (None, torch.bfloat16, torch.float16):
             raise OptionError(
-                f"Expected precision to be None, torch.bfloat16 or torch.float16, got {self.precision!r}."
+                f"Expected precision to be None, torch.bfloat16 or torch.float16, got {shown(self.precision)}."
             )
         size = self.batch_size
         if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
-            raise OptionError(f"Expected batch_size to be a whole number >= 1, or None, got {size!r}.")
+            raise OptionError(f"Expected batch_size to be a whole number >= 1, or None, got {shown(size)}.")
 
 
 def _run(given: object, images: Tensor, chosen: _Chosen, call: _Call) -> Comparison:
@@ -256,7 +266,7 @@ def _images_per_pass(
             wanted=len(images) * max(1, *(method.passes_on(images) for method in methods)),
             held=max(method.memory for method in methods),
         )
-    except ModelError:
+    except (ModelError, TargetError):
         if len(images) == 1:
             raise
         Run(model, images, settings, slice(0, len(images)), len(images)).bare_forward()  # what fails here is told
@@ -310,10 +320,21 @@ class _Chunk:
     details: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
+@contextlib.contextmanager
+def _noted(run: Run, what: str) -> Iterator[None]:
+    """Tell an exception which images were at work."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"This was raised while the images {run.rows.start} to {run.rows.stop - 1} were {what}.")
+        raise
+
+
 def _explain_chunk(run: Run, chosen: _Chosen, order: list[str], bar: Any, strict: bool) -> _Chunk:
     """All methods on one chunk."""
     clock = _Clock(run.images.device)
-    scores = run.scores
+    with _noted(run, "scored"):
+        scores = run.scores
     if scores.device.type == "cpu":  # elsewhere the host would wait for it: at the end of the call
         check_scores(run.model, scores, run.rows.start)
     chunk = _Chunk(scores, run.indices, run.predictions)
@@ -326,12 +347,8 @@ def _explain_chunk(run: Run, chosen: _Chosen, order: list[str], bar: Any, strict
             run.release()
             held = False
         run.replayed.clear()
-        try:
+        with _noted(run, f"explained by {label!r}"):
             values = method.attribute(run)
-        except Exception as error:
-            first, last = run.rows.start, run.rows.stop - 1
-            error.add_note(f"This was raised while {label!r} explained the images {first} to {last}.")
-            raise
         if values.shape[:2] != scores.shape:
             raise OptionError(
                 f"The method {label!r} must return maps of shape [n, K, ...] with n, K = {list(scores.shape)}, "

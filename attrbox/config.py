@@ -20,7 +20,7 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import ErrorDetails
 
-from attrbox.errors import AttrboxError, FileError, OptionError, near_miss
+from attrbox.errors import AttrboxError, FileError, OptionError, near_miss, shown
 from attrbox.methods.base import choose
 from attrbox.methods.base import methods as method_registry
 from attrbox.metrics.base import metrics as metric_registry
@@ -165,7 +165,7 @@ def parse(
     for one in sets:
         key, equals, value = one.partition("=")
         if not equals or not key.strip():
-            raise OptionError(f"Expected --set KEY=VALUE, as in --set run.seed=3, got {one!r}.")
+            raise OptionError(f"Expected --set KEY=VALUE, as in --set run.seed=3, got {shown(one)}.")
         _put(values, key.strip(), _value(value.strip()), "--set")
         places[key.strip()] = f"--set {one}"
     for key, value in (given or {}).items():
@@ -246,7 +246,7 @@ def _pairs(entries: Sequence[Entry]) -> list[tuple[str, dict[str, Any]]]:
         options = {"name": entry} if isinstance(entry, str) else dict(entry)
         name = options.pop("name", None)
         if not isinstance(name, str):
-            raise OptionError(f'Expected a name, or a table with one, {{name = "..."}}, got {entry!r}.')
+            raise OptionError(f'Expected a name, or a table with one, {{name = "..."}}, got {shown(entry)}.')
         pairs.append((name, options))
     return pairs
 
@@ -261,12 +261,12 @@ def _told(errors: Sequence[ErrorDetails], places: Mapping[str, str], origin: str
             table: Any = Config.model_fields[path[0]].annotation if len(path) > 1 else Config
             return f"{where}: there is no {name!r}. {near_miss(path[-1], table.model_fields)}"
         case "model_type":
-            return f"{where}: expected a table [{name}], got {given!r}."
+            return f"{where}: expected a table [{name}], got {shown(given)}."
         case "value_error":
             return f"{where}: {errors[0]['ctx']['error']}"
     # A key of several types has an error for each of them.
     wanted = [error["msg"].removeprefix("Input should be ") for error in errors if _key(error) == path]
-    return f"{where}: expected {name} to be {' or '.join(dict.fromkeys(wanted))}, got {given!r}."
+    return f"{where}: expected {name} to be {' or '.join(dict.fromkeys(wanted))}, got {shown(given)}."
 
 
 def _key(error: ErrorDetails) -> list[str]:

@@ -23,6 +23,7 @@ built-in exception that callers would expect (`ValueError`, `RuntimeError`, ...)
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class AttrboxError(Exception):
@@ -103,6 +104,22 @@ class OptimisationWarning(UserWarning):
 
 class TrainingModeWarning(UserWarning):
     """The model was in training mode and is explained in evaluation mode."""
+
+
+def shown(value: Any, depth: int = 0) -> str:
+    """A value in a message, however large it is: tensors and arrays by shape, modules by class, the rest cut short."""
+    if hasattr(value, "shape") and hasattr(value, "dtype") and value.shape:
+        return f"{type(value).__name__} of shape {list(value.shape)} and {value.dtype}"
+    if hasattr(value, "named_modules") and not isinstance(value, type):
+        return type(value).__name__
+    if type(value) in (list, tuple) and depth < 3:
+        items = [shown(item, depth + 1) for item in value[:8]]
+        items += [f"... {len(value)} in all"] if len(value) > len(items) else []
+        return f"[{', '.join(items)}]" if isinstance(value, list) else f"({', '.join(items)})"
+    if type(value) is dict and depth < 3:
+        return "{" + ", ".join(f"{key!r}: {shown(item, depth + 1)}" for key, item in list(value.items())[:8]) + "}"
+    text = repr(value)
+    return text if len(text) <= 120 else f"{text[:100]} ... ({type(value).__name__} of {len(text)} characters)"
 
 
 def near_miss(name: str, known: Iterable[str]) -> str:

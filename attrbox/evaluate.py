@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from attrbox.compare import check_images
 from attrbox.engine.recorder import forward
-from attrbox.errors import InputError, OptionError
+from attrbox.errors import InputError, OptionError, shown
 from attrbox.guard import check_model, untouched
 from attrbox.memory import images_per_pass
 from attrbox.methods.base import check_count, choose
@@ -138,7 +138,7 @@ def evaluate(
 def _target(target: TargetLike, sources: Mapping[str, Source], count: int) -> Target:
     """What is explained: what the caller says, or the maps."""
     if isinstance(target, classes | top):
-        raise InputError(f"Metrics take one target for each image, got {target!r}. Evaluate target by target.")
+        raise InputError(f"Metrics take one target for each image, got {shown(target)}. Evaluate target by target.")
     given = Target(target, count)
     if given.function is not None:
         return given

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from attrbox.compare import MethodLike
-from attrbox.errors import FileError, InputError, ModelError, TargetError
+from attrbox.errors import FileError, InputError, ModelError, TargetError, shown
 from attrbox.growing import Flags, Growing, Layout, Output, known_targets
 from attrbox.guard import check_model
 from attrbox.hdf5 import Compression, DType, check_storage, options_in, plain
@@ -312,7 +312,9 @@ def _check(
     if workers not in (None, 0):
         check_count("workers", workers)
     if isinstance(target, str) and target != "label":
-        raise TargetError(f"Expected a class number, 'label' or another target of attrbox.explain, got {target!r}.")
+        raise TargetError(
+            f"Expected a class number, 'label' or another target of attrbox.explain, got {shown(target)}."
+        )
 
 
 def _samples(

@@ -31,7 +31,7 @@ from attrbox.guard import check_model, untouched
 from attrbox.hashing import architecture_hash, tensors_hash, weights_hash
 from attrbox.methods.base import check_choice, check_count
 from attrbox.methods.patterns import LayerNames, Patterns
-from attrbox.targets import unwrap
+from attrbox.outputs import unwrap
 
 ESTIMATORS = ("two_component", "linear")
 

@@ -45,7 +45,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from attrbox.errors import InputError, OptionError
+from attrbox.errors import InputError, OptionError, shown
 from attrbox.hashing import tensor_bytes
 from attrbox.journal import replacing
 from attrbox.shapes import Attribution, Provenance
@@ -274,9 +274,9 @@ def check_storage(dtype: str, compression: str | None) -> None:
         OptionError: an unknown dtype or compression.
     """
     if dtype not in _DTYPES:
-        raise OptionError(f"Expected dtype to be one of {', '.join(map(repr, _DTYPES))}, got {dtype!r}.")
+        raise OptionError(f"Expected dtype to be one of {', '.join(map(repr, _DTYPES))}, got {shown(dtype)}.")
     if compression not in _FILTERS:
-        raise OptionError(f"Expected compression to be 'gzip', 'lzf' or None, got {compression!r}.")
+        raise OptionError(f"Expected compression to be 'gzip', 'lzf' or None, got {shown(compression)}.")
 
 
 def checksum(values: NDArray[Any]) -> int:

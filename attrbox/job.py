@@ -21,6 +21,7 @@ from attrbox.errors import (
     TargetError,
     UnknownNameError,
     UnsupportedModelError,
+    shown,
 )
 from attrbox.growing import Flags, Layout, Written
 from attrbox.guard import check_model, untouched
@@ -28,9 +29,10 @@ from attrbox.hashing import architecture_hash, weights_hash
 from attrbox.hdf5 import Columns, Compression, DType, flaws, plain, sample_columns
 from attrbox.labels import ClassNames
 from attrbox.methods.base import methods as registry
+from attrbox.outputs import Outputs
 from attrbox.samples import Batch, Label, Sample, Samples
 from attrbox.shapes import Attribution
-from attrbox.targets import Target, TargetLike, classes, top, unwrap
+from attrbox.targets import Target, TargetLike, classes, top
 
 Channels: TypeAlias = Literal["all", "one"]
 ExportTarget: TypeAlias = "TargetLike | Literal['label']"
@@ -200,7 +202,7 @@ class Job:
         name = self.samples.ids[sample.row]
         if not isinstance(sample.label, str):
             raise TargetError(
-                f"Expected a class as the label of {name!r}, which is to be explained, got {sample.label!r}. Put "
+                f"Expected a class as the label of {name!r}, which is to be explained, got {shown(sample.label)}. Put "
                 "images into a folder for each class, give a table of labels (labels=, --labels), or choose another "
                 "target."
             )
@@ -304,10 +306,10 @@ def count_classes(model: nn.Module | Callable[[Tensor], Any], samples: Samples) 
             continue
         try:
             with untouched(module), torch.no_grad():
-                output = unwrap(forward(module, image[None].to(device_of(model))))
+                scores = Outputs(forward(module, image[None].to(device_of(model))), 1).scores
         except ModelError:
             continue
-        return output.shape[1] if output.dim() == 2 else None
+        return scores.shape[1] if scores.dim() == 2 else None
     return None
 
 

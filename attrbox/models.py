@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torchvision.transforms import functional as transforms
 from torchvision.transforms.functional import InterpolationMode
 
-from attrbox.errors import AttrboxError, FileError, ModelError, UnknownNameError, nearest
+from attrbox.errors import AttrboxError, FileError, ModelError, UnknownNameError, nearest, shown
 from attrbox.labels import ClassNames, imagenet_categories
-from attrbox.targets import unwrap
+from attrbox.outputs import unwrap
 
 SHORTHANDS = {"efficientnet_lite0": "attrbox.models:efficientnet_lite0"}
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -126,7 +126,8 @@ def load_model(name: str, *, weights: str | Path | None = None, seed: int = 0) -
     prefix, _, rest = SHORTHANDS.get(name, name).partition(":")
     if not (prefix and rest):
         raise UnknownNameError(
-            f"Expected a model as torchvision:NAME, package.module:factory or {' or '.join(SHORTHANDS)}, got {name!r}. "
+            f"Expected a model as torchvision:NAME, package.module:factory or {' or '.join(SHORTHANDS)}, "
+            f"got {shown(name)}. "
             f"{nearest(name, SHORTHANDS) or nearest(name, torchvision_names(), 'torchvision:')}".rstrip()
         )
     if prefix == "torchvision":
@@ -232,7 +233,7 @@ def _torchvision(name: str, weights: str | Path | None, seed: int) -> LoadedMode
         return _described(_downloaded(name, chosen), name, chosen, f"torchvision {chosen.name}")
     if not Path(wanted).is_file():
         raise FileError(
-            f"Expected weights to be none, {', '.join(known.__members__)} or a file, got {wanted!r}, "
+            f"Expected weights to be none, {', '.join(known.__members__)} or a file, got {shown(wanted)}, "
             "and there is no such file."
         )
     state = read_state(wanted)

@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
 
-from attrbox.errors import FileError, InputError, OptionError
+from attrbox.errors import FileError, InputError, OptionError, shown
 from attrbox.files import whole_file
 from attrbox.shapes import Attribution
 
@@ -234,7 +234,7 @@ def _check(
     if not attributions:
         raise InputError("Expected the maps of at least one method, got none.")
     if not isinstance(max_images, int) or max_images < 1:
-        raise OptionError(f"Expected max_images to be a whole number >= 1, got {max_images!r}.")
+        raise OptionError(f"Expected max_images to be a whole number >= 1, got {shown(max_images)}.")
     first = next(iter(attributions.values()))
     for label, maps in attributions.items():
         if len(maps) != len(images) or maps.score.shape != first.score.shape:
@@ -389,7 +389,7 @@ class _Sheet:
 
     def __init__(self, width: float, height: float, dpi: float) -> None:
         if not 0 < dpi < float("inf"):
-            raise OptionError(f"Expected dpi to be a positive number, got {dpi!r}.")
+            raise OptionError(f"Expected dpi to be a positive number, got {shown(dpi)}.")
         self.width, self.height = width, height
         dpi = min(dpi, _LARGEST / max(width, height))
         self.figure = Figure((width, height), dpi=dpi, facecolor="white")

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from attrbox.errors import OptionError
+from attrbox.errors import OptionError, shown
 
 
 def check_seeds(seed: int | Sequence[int], count: int) -> tuple[int, ...]:
@@ -16,7 +16,7 @@ def check_seeds(seed: int | Sequence[int], count: int) -> tuple[int, ...]:
     """
     seeds = tuple(seed) if isinstance(seed, Sequence) else (seed,)
     if not all(isinstance(one, int) and not isinstance(one, bool) for one in seeds):
-        raise OptionError(f"Expected the seed to be a whole number, or one per image, got {seed!r}.")
+        raise OptionError(f"Expected the seed to be a whole number, or one per image, got {shown(seed)}.")
     if isinstance(seed, Sequence) and len(seeds) != count:
         raise OptionError(f"Expected one seed per image, {count} in all, got {len(seeds)}.")
     return seeds

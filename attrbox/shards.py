@@ -15,7 +15,7 @@ import numpy as np
 import torch.distributed
 
 from attrbox.collect import merge
-from attrbox.errors import BusyError, FileError, InputError, OptionError
+from attrbox.errors import BusyError, FileError, InputError, OptionError, shown
 from attrbox.journal import is_being_written
 from attrbox.maps import open_maps
 
@@ -55,7 +55,7 @@ class Shard:
         """
         index, slash, count = text.partition("/")
         if not (slash and index.isdigit() and count.isdigit()):
-            raise OptionError(f"Expected a shard as K/N, the first of eight as 1/8, got {text!r}.")
+            raise OptionError(f"Expected a shard as K/N, the first of eight as 1/8, got {shown(text)}.")
         return cls(int(index) - 1, int(count))
 
     def rows(self, samples: int, batch_size: int) -> list[int]:

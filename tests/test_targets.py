@@ -11,7 +11,8 @@ from torch import nn
 
 import attrbox
 from attrbox.errors import ModelError, TargetError
-from attrbox.targets import Target, unwrap
+from attrbox.outputs import Outputs, unwrap
+from attrbox.targets import Target
 
 X = images(3, 7)
 OUT = torch.tensor([[0.0, 3.0, 1.0], [5.0, 2.0, 1.0], [1.0, 1.0, 4.0]])
@@ -36,17 +37,21 @@ ALL = slice(None)
     ],
 )
 def test_spellings(target, indices):
-    resolved = Target(target, 3).resolve(OUT, ALL)
+    resolved = Target(target, 3).resolve(Outputs(OUT, 3), ALL)
     if isinstance(target, attrbox.top):
         resolved, indices = resolved[:2], indices[:2]  # the third sample has a tie
     assert resolved.tolist() == indices
     if not isinstance(target, attrbox.top):
-        assert Target(target, 3).score(OUT, resolved).tolist() == OUT.gather(1, torch.tensor(indices)).tolist()
+        assert (
+            Target(target, 3).score(Outputs(OUT, 3), resolved).tolist() == OUT.gather(1, torch.tensor(indices)).tolist()
+        )
 
 
 def test_rows_of_a_chunk():
-    assert Target([0, 1, 2], 3).resolve(OUT[1:], slice(1, 3)).tolist() == [[1], [2]]
-    assert Target(attrbox.classes([[2, 0], [1, 1], [0, 2]]), 3).resolve(OUT[2:], slice(2, 3)).tolist() == [[0, 2]]
+    assert Target([0, 1, 2], 3).resolve(Outputs(OUT[1:], 2), slice(1, 3)).tolist() == [[1], [2]]
+    assert Target(attrbox.classes([[2, 0], [1, 1], [0, 2]]), 3).resolve(Outputs(OUT[2:], 1), slice(2, 3)).tolist() == [
+        [0, 2]
+    ]
 
 
 @pytest.mark.parametrize(
@@ -77,7 +82,7 @@ def test_rows_of_a_chunk():
 )
 def test_wrong_targets(target, message):
     with pytest.raises(TargetError, match=message):
-        Target(target, 3).resolve(OUT, ALL)
+        Target(target, 3).resolve(Outputs(OUT, 3), ALL)
 
 
 @pytest.mark.parametrize(
@@ -154,5 +159,7 @@ def test_dense_outputs_need_a_function():
     model, x = Segmentation().eval(), torch.randn(2, 3, 6, 6)
     with pytest.raises(TargetError, match="function as the target"):
         attrbox.explain(model, x, "saliency", target=1, progress=False)
-    maps = attrbox.explain(model, x, "saliency", target=lambda out: out[:, 1].mean((1, 2)), progress=False)
-    assert maps.values.shape == x.shape
+    maps = attrbox.explain(model, x, "saliency", target=lambda out: out["out"][:, 1].mean((1, 2)), progress=False)
+    with pytest.warns(FutureWarning, match="out\\['out'\\]"):  # what version 0.1 took
+        older = attrbox.explain(model, x, "saliency", target=lambda out: out[:, 1].mean((1, 2)), progress=False)
+    assert torch.equal(maps.values, older.values)

@@ -13,7 +13,7 @@ is recorded again with that activation copied.
 import contextlib
 import threading
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -42,8 +42,8 @@ from attrbox.errors import (
     near_miss,
 )
 from attrbox.memory import is_out_of_memory
+from attrbox.outputs import tensors
 from attrbox.shapes import Operated
-from attrbox.targets import unwrap
 
 # Linear layers, where only one of the factors depends on the images.
 _LINEAR_LAYERS = frozenset({"linear", "matmul", "rmatmul", "addmm", "baddbmm", "bmm", "mm", "einsum"})
@@ -52,10 +52,11 @@ _OWN_FUNCTIONS = frozenset({"_SiteFunctionBackward", "LinearMapFunctionBackward"
 
 @dataclass(frozen=True)
 class Reference:
-    """What a reference forward pass left at each site, and the model's scores."""
+    """What a reference forward pass left at each site, and what the model returned for `count` images."""
 
     inputs: tuple[tuple[Tensor, ...] | None, ...]
-    output: Tensor
+    output: Any
+    count: int
 
 
 class Replaying:
@@ -395,9 +396,9 @@ class Recorder(TorchFunctionMode):
         layers = [site for site in self.sites if site.kind in LAYERS]
         if layers:
             layers[-1].options["last"] = True
-        scores = unwrap(output)
-        self._pairs.used([scores])
-        self.unknown.extend(map(self._here, _custom_functions(scores)))
+        returned = list(tensors(output))
+        self._pairs.used(returned)
+        self.unknown.extend(map(self._here, _custom_functions(returned)))
 
     # ------------------------------------------------------------------------------------------- module names
 
@@ -501,11 +502,11 @@ def _first(result: Any) -> Any:
     return result[0] if isinstance(result, tuple | list) and result else result
 
 
-def _custom_functions(output: Tensor) -> list[str]:
+def _custom_functions(outputs: Sequence[Tensor]) -> list[str]:
     """Autograd functions of the model's own (checkpoints too): their insides are out of a function mode's sight."""
     found: list[str] = []
     seen: set[Any] = set()
-    todo: list[Any] = [output.grad_fn]
+    todo: list[Any] = [output.grad_fn for output in outputs]
     while todo:
         node = todo.pop()
         if node is None or node in seen:

@@ -17,8 +17,8 @@ from attrbox.errors import (
     RuleError,
     UnsupportedModelError,
 )
+from attrbox.outputs import mapped
 from attrbox.shapes import Coverage, Operated
-from attrbox.targets import unwrap
 
 
 class Tape:
@@ -73,10 +73,12 @@ class Tape:
         try:
             recorder, output = self._forward_reference(reference)
             if len(reference) < len(each) and len(recorder.sites) != len(self.sites):  # it may loop over its rows
+                reference = each
                 recorder, output = self._forward_reference(each)
         except ForwardError:  # it may take batches of one size only
             if len(reference) == len(each):
                 raise
+            reference = each
             recorder, output = self._forward_reference(each)
         there, here = Operated.listed(recorder.sites), Operated.listed(self.sites)
         if there != here:
@@ -92,8 +94,9 @@ class Tape:
         if len(reference) == 1 and not all(map(_broadcasts, self.sites, recorder.kept)):
             # The model treats rows differently, or lays the batch and another axis together, such as windows: one
             # reference for each image.
+            reference = each
             recorder, output = self._forward_reference(each)
-        return Reference(tuple(recorder.kept), unwrap(output).detach())
+        return Reference(tuple(recorder.kept), mapped(output, lambda tensor: tensor.detach()), len(reference))
 
     def _forward_reference(self, reference: Tensor) -> tuple[Recorder, Any]:
         copies: frozenset[int] = frozenset()

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from attrbox.engine.site import Rule
-from attrbox.errors import OptionError
+from attrbox.errors import OptionError, shown
 from attrbox.perturbations import FILLS
 from attrbox.registry import Registry
 from attrbox.shapes import ChannelReduction, Coverage
@@ -206,7 +206,7 @@ def choose(registry: Registry[S], entries: Sequence["str | tuple[str, Mapping[st
     """
     if isinstance(entries, str) or not entries:
         raise OptionError(
-            f"Expected a list of {registry.kind}s by name, or (name, {{'option': value}}), got {entries!r}."
+            f"Expected a list of {registry.kind}s by name, or (name, {{'option': value}}), got {shown(entries)}."
         )
     chosen: dict[str, tuple[S, Any]] = {}
     for entry in entries:
@@ -224,7 +224,7 @@ def choose(registry: Registry[S], entries: Sequence["str | tuple[str, Mapping[st
 def _pair(kind: str, entry: object) -> tuple[str, Mapping[str, Any]]:
     if isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[0], str) and isinstance(entry[1], Mapping):
         return entry[0], entry[1]
-    raise OptionError(f"Expected a {kind}'s name or a pair (name, {{option: value}}), got {entry!r}.")
+    raise OptionError(f"Expected a {kind}'s name or a pair (name, {{option: value}}), got {shown(entry)}.")
 
 
 def _short(value: object) -> str:
@@ -298,7 +298,7 @@ methods.adopt = _adopt
 def check(valid: bool, name: str, wanted: str, value: object) -> None:
     """Raise `OptionError` unless `valid`."""
     if not valid:
-        raise OptionError(f"Expected {name} to be {wanted}, got {value!r}.")
+        raise OptionError(f"Expected {name} to be {wanted}, got {shown(value)}.")
 
 
 def check_count(name: str, value: object) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar, cast
 
 import torch
@@ -11,11 +12,12 @@ from torch import Tensor, nn
 from attrbox.engine.folding import Unwatched
 from attrbox.engine.recorder import forward
 from attrbox.engine.tape import Tape, record
-from attrbox.errors import InputError, ModelError
+from attrbox.errors import InputError
 from attrbox.guard import BlackBox
+from attrbox.outputs import Outputs
 from attrbox.perturbations import fill_images
 from attrbox.seeds import numbers
-from attrbox.targets import Target, unwrap
+from attrbox.targets import Target
 
 T = TypeVar("T")
 
@@ -149,11 +151,17 @@ class Chunk:
         format channels_last, batch-norm folded into convolutions."""
         return self._fastest(images, lambda images: record(self.model, images))
 
-    def bare(self, images: Tensor) -> Tensor:
+    def bare(self, images: Tensor) -> Outputs:
         """The outputs on any images, as fast and without an autograd graph."""
         with torch.no_grad():  # a copy for the model, which may write into it
             output = self._fastest(images, lambda images: forward(self.model, images.clone()))
-        return self._check(unwrap(output), len(images))
+        return self.returned(output, len(images))
+
+    def returned(self, output: Any, count: int | None = None) -> Outputs:
+        """What the model returned for `count` images; for all of the chunk by default."""
+        return Outputs(
+            output, len(self.images) if count is None else count, partial(_doubled, self.model, self.images[:1])
+        )
 
     def _fastest(self, images: Tensor, function: Callable[[Tensor], T]) -> T:
         if isinstance(self.model, BlackBox):  # what it does with memory formats is not known
@@ -163,13 +171,11 @@ class Chunk:
         with self.autocast():
             return self._unwatched.run(images, function)
 
-    def _check(self, output: Tensor, count: int) -> Tensor:
-        if output.dim() == 0 or len(output) != count:
-            raise ModelError(
-                f"Expected one row of outputs per image, {count} in all, got {list(output.shape)}. Images need a batch "
-                "axis: images[None] for a single one."
-            )
-        return output
+
+@torch.no_grad()
+def _doubled(model: nn.Module, image: Tensor) -> Any:
+    """What the model returns for two copies of an image."""
+    return forward(model, torch.cat([image, image]))
 
 
 def in_channels_last(images: Tensor) -> Tensor:

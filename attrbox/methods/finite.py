@@ -62,7 +62,7 @@ def first_site(run: Run, method: Method) -> str | None:
             tape = record(run.model, run.images, [finder])
             baseline = run.baseline(getattr(method, "baseline", 0.0)) if finder.uses_reference else None
             reference = None if baseline is None else tape.record_reference(baseline)
-            scores = run.settings.target.score(run.output(tape), run.indices)
+            scores = run.settings.target.score(run.returned(tape.output), run.indices)
             for k in range(scores.shape[1]):
                 tape.replay(scores[:, k], [tape.images], finder, reference=reference, keep=k + 1 < scores.shape[1])
     except AttrboxError:  # what cannot be recorded cannot be searched

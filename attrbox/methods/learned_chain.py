@@ -56,7 +56,7 @@ def prepared(rule: LearnedRule, modules: str | None, run: Run, k: int) -> tuple[
     with run.autocast():
         reference = tape.record_reference(run.baseline(0.0)) if rule.compares else None
         first = Differences(rule, frozenset(site.index for site in chosen))
-        score = run.settings.target.score(run.output(tape), run.indices)[:, k]
+        score = run.settings.target.score(run.returned(tape.output), run.indices)[:, k]
         tape.replay(score, [tape.images], first, reference=reference)
     # A site that no gradient passes on the way to this score has nothing to learn.
     rule.differences = first.differences
@@ -123,7 +123,7 @@ def regions(run: Run, sigma: float) -> list[Tensor | None]:
     with run.autocast():
         tape = record(run.model, in_channels_last(run.images), [rule])
         reference = tape.record_reference(run.baseline(0.0))
-        scores = run.settings.target.score(run.output(tape), run.indices)
+        scores = run.settings.target.score(run.returned(tape.output), run.indices)
         gradients = [tape.replay(scores[:, k], [tape.images], rule, reference=reference)[0] for k in targets]
     found: list[Tensor | None] = []
     for gradient in gradients:
@@ -138,7 +138,7 @@ def chained(
 ) -> Tensor:
     """X * G_X under the rule, [n, C, ...], within the region, smoothed."""
     with run.autocast():
-        score = run.settings.target.score(run.output(tape), run.indices)[:, k]
+        score = run.settings.target.score(run.returned(tape.output), run.indices)[:, k]
         (gradient,) = tape.replay(score, [tape.images], rule, reference=reference)
     values = tape.images.detach() * gradient
     if region is not None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attrbox.errors import InputError, OptionError
+from attrbox.errors import InputError, OptionError, shown
 from attrbox.tensorfiles import read_tensors, write_tensors
 
 _KIND = "learned rules"
@@ -89,5 +89,5 @@ def as_rules(value: object) -> LearnedRules:
         return LearnedRules.load(value)
     raise OptionError(
         f"Expected rules to be LearnedRules (explain(..., 'learned').details['rules']) or the path of a file that "
-        f"their save() wrote, got {value!r}."
+        f"their save() wrote, got {shown(value)}."
     )

@@ -21,6 +21,7 @@ from attrbox.methods.base import check, check_choice, check_count, check_flag, c
 from attrbox.methods.chunk import in_channels_last
 from attrbox.methods.learned_chain import Propagating, chained, channel_sum, prepared, recorded, sites_within, weighed
 from attrbox.methods.run import Run
+from attrbox.outputs import Outputs
 from attrbox.perturbations import fill_images
 from attrbox.rules.learned import LearnedRule, plugins
 
@@ -159,7 +160,7 @@ def learn(method: Learning, run: Run, region: Tensor | None, k: int, restart: in
     all_alive = True
     for step in range(method.iterations):
         with run.autocast(), part("chain"):
-            score = run.settings.target.score(run.output(tape), run.indices)[:, k]
+            score = run.settings.target.score(run.returned(tape.output), run.indices)[:, k]
             (gradient,) = tape.replay(score, [tape.images], rule, reference=reference, create_graph=True)
         map = generator.smoothed(weighed(region, channel_sum(images * gradient)))
         positive, negative = generator.masks(map, draws[:, step, 0])
@@ -235,7 +236,7 @@ class _Game:
         self.k = k
         self._kept: dict[str, Tensor] = {}
         with torch.no_grad():
-            self.score = self._score(run.output(recorded(method.plugged, run)), run.indices)
+            self.score = self._score(run.returned(recorded(method.plugged, run).output), run.indices)
 
     def play(self, positive: Tensor, negative: Tensor, draw: int, choice: Tensor) -> tuple[Tensor, Tensor]:
         """L+ + L- [n], without gradient, and a number whose gradient with respect to the masks is that of its sum."""
@@ -268,13 +269,13 @@ class _Game:
             rows = (torch.arange(start, start + len(some), device=some.device)) % len(self.images)
             with run.autocast(), part("masked forward"):
                 tape = run.plain(some)
-                score = self._score(run.output(tape, len(some)), None if indices is None else indices[rows])
+                score = self._score(run.returned(tape.output, len(some)), None if indices is None else indices[rows])
             scores.append(score.detach().to(masked.dtype))
             with part("masked backward"):
                 gradients.append(tape.replay(score, [tape.images], keep=False)[0])
         return torch.cat(scores), torch.cat(gradients)
 
-    def _score(self, output: Tensor, indices: Tensor | None) -> Tensor:
+    def _score(self, output: Outputs, indices: Tensor | None) -> Tensor:
         if self.method.score == "logit":
             return self.run.settings.target.score(output, indices)[:, self.k]
         if indices is None:
@@ -282,7 +283,7 @@ class _Game:
                 f"score={self.method.score!r} needs class indices as the target, got a function. Use score='logit', "
                 "which takes what the function returns."
             )
-        log_prob = output.log_softmax(1).gather(1, indices[:, self.k : self.k + 1])[:, 0]
+        log_prob = output.scores.log_softmax(1).gather(1, indices[:, self.k : self.k + 1])[:, 0]
         return log_prob.exp() if self.method.score == "prob" else log_prob
 
     def _fill(self, draw: int, choice: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from attrbox.engine.site import LAYERS, Rule, Site
 from attrbox.engine.tape import Tape
-from attrbox.errors import ModelError, OptionError
+from attrbox.errors import ModelError, OptionError, shown
 from attrbox.hashing import architecture_hash, known_weights_hash
 from attrbox.methods.base import REQUIRED, Method, check_flag, option, register_method
 from attrbox.methods.run import Run
@@ -97,7 +97,7 @@ def _as_patterns(value: object) -> Patterns:
         return value
     if isinstance(value, str | Path):
         return Patterns.load(value)
-    raise OptionError(f"Expected patterns to be {_PATTERNS}, got {value!r}.")
+    raise OptionError(f"Expected patterns to be {_PATTERNS}, got {shown(value)}.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from attrbox.engine.site import KINDS, LAYERS, Rule
-from attrbox.errors import OptionError
+from attrbox.errors import OptionError, shown
 from attrbox.methods.base import Method, MethodSpec, OptionInfo, check_baseline, check_flag, methods
 from attrbox.methods.run import Run
 from attrbox.registry import Registry
@@ -103,7 +103,7 @@ def register_rule(
 
     def enter(cls: R) -> R:
         if not (isinstance(cls, type) and issubclass(cls, Rule)):
-            raise OptionError(f"Expected a subclass of attrbox.Rule, got {cls!r}.")
+            raise OptionError(f"Expected a subclass of attrbox.Rule, got {shown(cls)}.")
         for what, declared, known in (("kinds", cls.kinds, KINDS | LAYERS), ("needs", cls.needs, _NEEDS)):
             if not set(declared) <= known:
                 raise OptionError(

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from attrbox.engine.recorder import Reference, forward
 from attrbox.engine.site import Rule
 from attrbox.engine.tape import Tape, record
-from attrbox.errors import UnsupportedModelError
+from attrbox.errors import ModelError, UnsupportedModelError
 from attrbox.methods.base import identity
 from attrbox.methods.chunk import Chunk, Settings, in_channels_last
-from attrbox.targets import unwrap
+from attrbox.outputs import Outputs
 
 
 class Recorded(Chunk):
@@ -99,10 +99,19 @@ class Recorded(Chunk):
         """The class of the largest output, [n]; None if the outputs are not [n, classes]."""
         return self._scored()[2]
 
-    def bare_forward(self) -> Tensor:
-        """The model's outputs with nothing recorded."""
+    def bare_forward(self) -> Outputs:
+        """The model's outputs with nothing recorded.
+
+        Raises:
+            ModelError, TargetError: they have not one row, or score, for each image.
+        """
+        output = self._untaped(self.images)
+        self.settings.target.check_rows(output)
+        return output
+
+    def _untaped(self, images: Tensor) -> Outputs:
         with self.autocast():
-            return self._check(unwrap(forward(self.model, self.images.clone())), len(self.images))
+            return self.returned(forward(self.model, images.clone()), len(images))
 
     def _scored(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
         def compute() -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -113,20 +122,12 @@ class Recorded(Chunk):
                     output = self.bare_forward()
             indices = self.settings.target.resolve(output, self.rows)
             scores = self.settings.target.score(output, indices).detach().to(self.images.dtype)
-            return scores, indices, output.detach().argmax(1) if output.dim() == 2 else None
+            return scores, indices, output.predicted
 
         return self.once(("scored",), compute)
 
-    def output(self, tape: Tape, count: int | None = None) -> Tensor:
-        """The scores of a recorded pass over `count` images, [count, ...]; all of the chunk by default.
-
-        Raises:
-            ModelError: the model returned something else.
-        """
-        return self._check(unwrap(tape.output), len(self.images) if count is None else count)
-
-    def _output(self) -> Tensor:
-        return self.once(("output",), lambda: self._check(unwrap(self.tape.output), len(self.images)))
+    def _output(self) -> Outputs:
+        return self.once(("output",), lambda: self.returned(self.tape.output))
 
     def _replay(self, inputs: Tensor, rule: Rule | None = None, reference: Reference | None = None) -> Tensor:
         """The gradient of each score with respect to `inputs`, [n, K, ...]."""
@@ -223,15 +224,25 @@ class Recorded(Chunk):
     def baseline_scores(self, baseline: float | Tensor) -> Tensor:
         """The explained scores at the baseline, [n, K]."""
 
+        @torch.no_grad()
         def compute() -> Tensor:
+            images = self.baseline(baseline)
+            each = images.expand_as(self.images)
             reference = self._cache.get(("reference", identity(baseline)))
-            if isinstance(reference, Reference):
-                raw = reference.output
-            else:
-                with self.autocast(), torch.no_grad():
-                    raw = forward(self.model, self.baseline(baseline).clone())
-            output = unwrap(raw)
-            output = output.expand(len(self.images), *output.shape[1:])
+            try:
+                if self.indices is None:  # a function, which may have something of its own for each image
+                    output = self._untaped(each)
+                elif isinstance(reference, Reference):
+                    output = self.returned(reference.output, reference.count)
+                else:
+                    output = self._untaped(images)
+                if output.count < len(each):
+                    scores = output.scores
+                    output = self.returned(scores.expand(len(each), *scores.shape[1:]))
+            except ModelError:  # the model may take batches of one size only
+                if len(images) == len(each):
+                    raise
+                output = self._untaped(each)
             return self.settings.target.score(output, self.indices).detach().to(self.images.dtype)
 
         return self.once(("baseline_scores", identity(baseline)), compute)

@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 
 from attrbox.engine.stem import Stem, stem_of
-from attrbox.errors import ForwardError, ModelError
+from attrbox.errors import ForwardError, ModelError, TargetError
 from attrbox.memory import backing_off
 from attrbox.methods.base import identity
 from attrbox.methods.quadrature import quadratures
 from attrbox.methods.recorded import Recorded
-from attrbox.targets import unwrap
 
 T = TypeVar("T")
 
@@ -139,7 +138,7 @@ class Run(Recorded):
 
             try:
                 (group, result), self.per_pass = backing_off(self.per_pass, attempt)
-            except ForwardError:  # a model with side inputs of the batch's size takes no other number of images
+            except (ForwardError, TargetError):  # a model, or a target function, with something of the batch's size
                 if self.per_pass <= len(self.images):
                     raise
                 self.per_pass = len(self.images)
@@ -161,10 +160,10 @@ class Run(Recorded):
             part = images[rows]
             tape = self.plain(part)
             with self.autocast():
-                output = self._check(unwrap(tape.output), len(part))
+                output = self.returned(tape.output, len(part))
                 scores = self.settings.target.score(output, None if indices is None else indices[rows])
                 # Parts of one group must be of one kind; it has several only where one step is too large for a pass.
-                stem = stem_of(output, tape.images) if at_stem and len(part) == len(images) else None
+                stem = stem_of(scores, tape.images) if at_stem and len(part) == len(images) else None
                 inputs = [tape.images if stem is None else stem.edge]
                 count = scores.shape[1]
                 gradients = [tape.replay(scores[:, k], inputs, keep=k + 1 < count)[0] for k in range(count)]
@@ -236,7 +235,7 @@ class Run(Recorded):
             for part, row, column in zip(*(t.tensor_split(pieces) for t in given), strict=True):
                 indices = None if self.indices is None else self.indices[row]
                 tape = self.plain(part) if gradient else None
-                output = self.output(tape, len(part)) if tape else self.bare(part)
+                output = self.returned(tape.output, len(part)) if tape else self.bare(part)
                 with self.autocast():
                     score = self.settings.target.score(output, indices, unit).gather(1, column[:, None])[:, 0]
                 scores.append(score.detach().to(versions.dtype))

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from attrbox.errors import OptionError
+from attrbox.errors import OptionError, shown
 from attrbox.metrics.scores import Score
 from attrbox.plots import save_figure
 
@@ -49,7 +49,7 @@ def plot_scores(
         FileError: the file cannot be written.
     """
     if not isinstance(columns, int) or columns < 1 or not 0 < dpi < float("inf"):
-        raise OptionError(f"Expected columns >= 1 and a positive dpi, got {columns!r} and {dpi!r}.")
+        raise OptionError(f"Expected columns >= 1 and a positive dpi, got {shown(columns)} and {dpi!r}.")
     metrics = {metric: {label: row[metric] for label, row in scores.items()} for metric in next(iter(scores.values()))}
     columns = min(columns, len(metrics))
     rows = -(-len(metrics) // columns)

@@ -12,7 +12,7 @@ from attrbox.engine.recorder import forward
 from attrbox.errors import InputError, OptionError
 from attrbox.guard import check_model, untouched
 from attrbox.methods.base import check, check_count, check_flag
-from attrbox.targets import unwrap
+from attrbox.outputs import unwrap
 
 
 @dataclass(frozen=True, eq=False)

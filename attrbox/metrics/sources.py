@@ -11,7 +11,7 @@ import h5py
 import torch
 from torch import Tensor, nn
 
-from attrbox.errors import AttrboxError, InputError
+from attrbox.errors import AttrboxError, InputError, shown
 from attrbox.hdf5 import dataset_name, options_in, provenance_in
 from attrbox.maps import MapsFile
 from attrbox.methods.base import methods as registry
@@ -146,7 +146,8 @@ def _explained_by(source: Source, explainer: ExplainerLike) -> Source:
         explainer = Recipe(registry[name].name, options)
     elif not callable(explainer) and not isinstance(explainer, Recipe):
         raise InputError(
-            f"Expected an explainer as a method's name, (name, {{option: value}}) or a function, got {explainer!r}."
+            "Expected an explainer as a method's name, (name, {option: value}) or a function, "
+            f"got {shown(explainer)}."
         )
     return replace(source, explainer=explainer)
 

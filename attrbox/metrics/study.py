@@ -23,10 +23,11 @@ from attrbox.methods.base import identity
 from attrbox.methods.base import methods as registry
 from attrbox.methods.chunk import Settings
 from attrbox.methods.run import Run
+from attrbox.outputs import Outputs
 from attrbox.perturbations import fill_images
 from attrbox.seeds import numbers, permutations
 from attrbox.shapes import ChannelReduction, Provenance
-from attrbox.targets import Target, unwrap
+from attrbox.targets import Target
 
 T = TypeVar("T")
 
@@ -143,7 +144,7 @@ class Study:
 
     def __post_init__(self) -> None:
         if self.model is not None and self.indices is None:
-            self.indices = self.target.resolve(self.outputs, self.rows)
+            self.indices = self._resolved()
 
     def __len__(self) -> int:
         return len(self.images)
@@ -253,26 +254,41 @@ class Study:
     # ------------------------------------------------------------------------------------------------------ the model
 
     @property
-    def outputs(self) -> Tensor:
-        """What the model says of the images themselves, [n, classes]."""
+    def outputs(self) -> Sequence[Outputs]:
+        """What the model says of the images themselves, pass by pass."""
 
-        def compute() -> Tensor:
-            parts: list[Tensor] = []
-            while (start := sum(map(len, parts))) < len(self):
+        def compute() -> list[Outputs]:
+            parts: list[Outputs] = []
+            while (start := sum(part.count for part in parts)) < len(self):
 
-                def work(size: int, start: int = start) -> Tensor:
+                def work(size: int, start: int = start) -> Outputs:
                     return self._forward(self.images[start : start + size])
 
                 part, self.per_pass = backing_off(self.per_pass, work)
                 parts.append(part)
-            return torch.cat(parts) if len(parts) > 1 else parts[0]
+            return parts
 
         return self.once(("outputs",), compute)
 
+    def _resolved(self) -> Tensor | None:
+        """The explained classes, [n, 1]; None for a target function."""
+        start, parts = 0, []
+        for part in self.outputs:
+            rows = slice(self.rows.start + start, self.rows.start + start + part.count)
+            parts.append(self.target.resolve(part, rows))
+            start += part.count
+        found = [indices for indices in parts if indices is not None]
+        return torch.cat(found) if found else None
+
     def original(self, scoring: Scoring = "logit") -> Tensor:
         """The score of each image itself, [n]."""
-        rows = torch.arange(len(self), device=self.images.device)
-        return self.once(("original", scoring), lambda: self._score(self.outputs, rows, scoring))
+
+        def compute() -> Tensor:
+            every = torch.arange(len(self), device=self.images.device)
+            rows = torch.split(every, [part.count for part in self.outputs])
+            return torch.cat([self._score(*each, scoring) for each in zip(self.outputs, rows, strict=True)])
+
+        return self.once(("original", scoring), compute)
 
     def scores_of(self, requests: Sequence[Views]) -> list[Tensor]:
         """The scores of some views, [count] each; all share their batches."""
@@ -285,10 +301,13 @@ class Study:
                 pieces = _pieces(requests, start, start + size)
                 images = [requests[index].make(part) for index, part in pieces]
                 outputs = self._forward(torch.cat(images) if len(images) > 1 else images[0])
+                rows = torch.cat([requests[index].rows[part] for index, part in pieces])
+                scorings = {requests[index].scoring for index, _ in pieces}
+                scored = {scoring: self._score(outputs, rows, scoring) for scoring in scorings}
                 done = 0
                 for index, part in pieces:
-                    views, count = requests[index], part.stop - part.start
-                    scores[index][part] = self._score(outputs[done : done + count], views.rows[part], views.scoring)
+                    count = part.stop - part.start
+                    scores[index][part] = scored[requests[index].scoring][done : done + count]
                     done += count
                 return done
 
@@ -297,16 +316,17 @@ class Study:
             self.progress(done)
         return scores
 
-    def _forward(self, images: Tensor) -> Tensor:
+    def _forward(self, images: Tensor) -> Outputs:
         model = self.model
         assert model is not None
         if self.channels_last and images.dim() == 4:
             images = images.contiguous(memory_format=torch.channels_last)
         unwatched = self.once(("unwatched",), lambda: Unwatched(model))
         with torch.no_grad():  # a copy for the model, which may write into it
-            return unwrap(unwatched.run(images, lambda images: forward(model, images.clone())))
+            returned = unwatched.run(images, lambda images: forward(model, images.clone()))
+        return Outputs(returned, len(images), torch.no_grad()(lambda: forward(model, torch.cat([images[:1]] * 2))))
 
-    def _score(self, outputs: Tensor, rows: Tensor, scoring: Scoring) -> Tensor:
+    def _score(self, outputs: Outputs, rows: Tensor, scoring: Scoring) -> Tensor:
         indices = None if self.indices is None else self.indices[rows]
         if scoring == "logit":
             return self.target.score(outputs, indices)[:, 0].to(self.images.dtype)
@@ -316,8 +336,8 @@ class Study:
                 "the function returns."
             )
         if scoring == "accuracy":
-            return (outputs.argmax(1) == indices[:, 0]).to(self.images.dtype)
-        log = outputs.log_softmax(1).gather(1, indices)[:, 0].to(self.images.dtype)
+            return (outputs.scores.argmax(1) == indices[:, 0]).to(self.images.dtype)
+        log = outputs.scores.log_softmax(1).gather(1, indices)[:, 0].to(self.images.dtype)
         return log.exp() if scoring == "prob" else log
 
     def explain(self, model: nn.Module, images: Tensor) -> dict[str, Maps]:
@@ -392,8 +412,13 @@ class Study:
         explainer = maps.explainer
         precision = explainer.provenance.precision if isinstance(explainer, Recipe) else None
         share = 1e-3 if precision is None else 0.1
-        limit = share * self.outputs.detach().reshape(len(self), -1).abs().amax(1).to(self.images.dtype)
-        return ((self.original() - maps.score).abs() <= limit) | maps.score.isnan()
+        return ((self.original() - maps.score).abs() <= share * self._scale()) | maps.score.isnan()
+
+    def _scale(self) -> Tensor:
+        """The largest output of each image, or of a function's scores the largest of all, [n]."""
+        if self.indices is None:
+            return self.original().abs().amax().expand(len(self))
+        return torch.cat([part.scores.flatten(1).abs().amax(1) for part in self.outputs]).to(self.images.dtype)
 
     def baseline_of(self, maps: Maps) -> float | Tensor | None:
         """What a method compared each image with: a number or a tensor [1 or n, C, H, W]; None if nothing is known."""

@@ -17,8 +17,8 @@ from attrbox.engine.recorder import forward
 from attrbox.errors import InputError, ModelError
 from attrbox.guard import untouched
 from attrbox.methods.base import check, check_count
+from attrbox.outputs import unwrap
 from attrbox.seeds import mixed
-from attrbox.targets import unwrap
 
 ModelFactory: TypeAlias = Callable[[], nn.Module]
 # Trains a fresh model on images [N, ...] and labels [N]; what it returns, if not None, is the trained model.

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from attrbox.engine.site import LAYERS, Gradients, Rule, Site
-from attrbox.errors import OptionError
+from attrbox.errors import OptionError, shown
 from attrbox.rules.lrp import LRPEpsilon
 from attrbox.rules.lrp_layers import Epsilon, LayerRule, Losses, nonzero
 
@@ -52,10 +52,10 @@ class Composite(Rule):
         )
         if not fits:
             raise OptionError(
-                f"Expected a tuple of pairs (where, rule of attrbox.rules.lrp_layers), got {self.places!r}."
+                f"Expected a tuple of pairs (where, rule of attrbox.rules.lrp_layers), got {shown(self.places)}."
             )
         if not (isinstance(self.stabiliser, float) and self.stabiliser > 0):
-            raise OptionError(f"Expected a stabiliser > 0, got {self.stabiliser!r}.")
+            raise OptionError(f"Expected a stabiliser > 0, got {shown(self.stabiliser)}.")
         object.__setattr__(self, "places", pairs)
 
     def needs_at(self, kind: str) -> frozenset[str]:

@@ -44,7 +44,7 @@ import torch
 from torch import Tensor
 
 from attrbox.engine.site import ELEMENTWISE, KINDS, LAYERS, Gradients, Rule, Site
-from attrbox.errors import OptionError
+from attrbox.errors import OptionError, shown
 from attrbox.rules.norms import normed, weighted
 
 _JUMPING = frozenset("hardshrink threshold".split())
@@ -80,7 +80,7 @@ class DeepLift(Rule):
     def __post_init__(self) -> None:
         if self.reveal_cancel not in _REVEALED:
             raise OptionError(
-                f"Expected reveal_cancel to be {', '.join(map(repr, _REVEALED))}, got {self.reveal_cancel!r}."
+                f"Expected reveal_cancel to be {', '.join(map(repr, _REVEALED))}, got {shown(self.reveal_cancel)}."
             )
         object.__setattr__(self, "kinds", type(self).kinds | _REVEALED[self.reveal_cancel])
 

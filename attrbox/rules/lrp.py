@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from attrbox.engine.site import ELEMENTWISE, Gradients, Rule, Site
-from attrbox.errors import OptionError
+from attrbox.errors import OptionError, shown
 from attrbox.rules.norms import normed, weighted
 
 
@@ -41,7 +41,7 @@ class LRPEpsilon(Rule):
 
     def __post_init__(self) -> None:
         if not (isinstance(self.epsilon, int | float) and math.isfinite(self.epsilon) and self.epsilon > 0):
-            raise OptionError(f"Expected epsilon > 0 (it keeps f(x)/x finite), got {self.epsilon!r}.")
+            raise OptionError(f"Expected epsilon > 0 (it keeps f(x)/x finite), got {shown(self.epsilon)}.")
 
     def needs_at(self, kind: str) -> frozenset[str]:
         return _NEEDS.get(kind, self.needs)

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from attrbox.engine.site import Site
-from attrbox.errors import OptionError
+from attrbox.errors import OptionError, shown
 
 
 def nonzero(x: Tensor) -> Tensor:
@@ -303,4 +303,4 @@ def _some(values: Tensor | None) -> Tensor:
 def _check(name: str, value: Any, zero: bool = False) -> None:
     valid = isinstance(value, int | float) and math.isfinite(value) and (value > 0 or (zero and value == 0))
     if not valid:
-        raise OptionError(f"Expected {name} to be a number {'>= 0' if zero else '> 0'}, got {value!r}.")
+        raise OptionError(f"Expected {name} to be a number {'>= 0' if zero else '> 0'}, got {shown(value)}.")
