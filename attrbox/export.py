@@ -441,7 +441,7 @@ def _run(job: Job, output: Output, workers: int, retry: bool, progress: bool) ->
     if there and batches:
         there.note_resumption()
     shape = there.image_shape if there else None
-    untried = any(there is None or label not in there.methods for label in pending)
+    untried = {label for label in pending if there is None or label not in there.methods}
     explained, count = 0, len(job.samples)
     writing: deque[Future[None]] = deque()
     bar = progress_bar("export", count, count - sum(map(len, batches)), progress)
@@ -452,7 +452,7 @@ def _run(job: Job, output: Output, workers: int, retry: bool, progress: bool) ->
             batch = batch.of_shape(shape)
             known = known_targets(there.targets if there else None, [sample.row for sample in batch.samples])
             result, error = job.explain(batch, pending, known)
-            if error and untried and not explained and not result.maps:  # not one sample's fault, it seems
+            if error and not explained and untried - result.maps.keys():  # not one sample's fault, it seems
                 raise error
             explained += len(result.rows)
             writing.append(thread.submit(output.write, result))

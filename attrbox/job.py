@@ -144,10 +144,10 @@ class Job:
         except (InputError, ModelError, TargetError, RuleError) as error:
             if isinstance(error, NoGradientError | UnsupportedModelError):
                 raise
-            return self._one_by_one(batch, pending, known, labels, result, error)
+            return self._narrowed(batch, pending, known, labels, result, error)
         return self._written(batch, labels, pending, comparison, result), None
 
-    def _one_by_one(
+    def _narrowed(
         self,
         batch: Batch,
         pending: Mapping[str, Flags],
@@ -156,19 +156,22 @@ class Job:
         result: Written,
         error: AttrboxError,
     ) -> tuple[Written, Exception]:
-        """Find the samples that a batch fails on."""
+        """Find the methods that fail on a batch, and then the samples; others keep their batch mates."""
         assert batch.images is not None
-        if len(batch.samples) == 1:
+        if len(labels) > 1:
+            whole = Batch(batch.samples, batch.images, [])
+            parts = [self.explain(whole, {label: pending[label]}, known) for label in labels]
+            for part, _ in sorted(parts, key=lambda part: part[1] is not None):  # scores are those of the batch
+                result = joined(result, part)
+            result = replace(result, maps={label: result.maps[label] for label in labels if label in result.maps})
+        elif len(batch.samples) > 1:
+            for place, sample in enumerate(batch.samples):
+                one = Batch([sample], batch.images[place : place + 1], [])
+                part, _ = self.explain(one, pending, None if known is None else known[place : place + 1])
+                result = joined(result, part)
+        else:
             row = batch.samples[0].row
-            reason = f"{type(error).__name__}: {error}"
-            for label in labels:
-                if pending[label][row]:
-                    result.failed[label][row] = reason
-            return result, error
-        for place, sample in enumerate(batch.samples):
-            one = Batch([sample], batch.images[place : place + 1], [])
-            part, _ = self.explain(one, pending, None if known is None else known[place : place + 1])
-            result = joined(result, part)
+            result.failed[labels[0]][row] = f"{type(error).__name__}: {error}"
         return result, error
 
     def _compare(self, batch: Batch, labels: Sequence[str], known: Tensor | None) -> Comparison:
@@ -261,24 +264,28 @@ def picked(attribution: Attribution, places: Sequence[int]) -> Attribution:
 
 
 def joined(first: Written, second: Written) -> Written:
-    """Two batches as one, the samples of the second after those of the first."""
+    """Two parts of a batch as one: other samples, those of the second after those of the first, or other methods."""
+    new = [place for place, row in enumerate(second.rows) if row not in first.rows]
+    rows = [*first.rows, *(second.rows[place] for place in new)]
+    order = sorted(range(len(rows)), key=rows.__getitem__)
     columns: Columns = {
-        name: np.concatenate([first.columns[name], values]) if first.rows else values
+        name: np.concatenate([first.columns[name], values[new]] if first.rows else [values])[order]
         for name, values in second.columns.items()
     }
+    photographs = [*first.photographs, *(second.photographs[place] for place in new)]
     maps = dict(first.maps)
-    for label, (rows, attribution) in second.maps.items():
+    for label, (places, attribution) in second.maps.items():
         if label in maps:
             before, whole = maps[label]
-            rows, attribution = [*before, *rows], _appended(whole, attribution)
-        maps[label] = (rows, attribution)
+            places, attribution = [*before, *places], _appended(whole, attribution)
+        maps[label] = (places, attribution)
     failed = {
         label: first.failed.get(label, {}) | second.failed.get(label, {}) for label in first.failed | second.failed
     }
     return Written(
-        [*first.rows, *second.rows],
+        [rows[place] for place in order],
         columns if second.rows else first.columns,
-        [*first.photographs, *second.photographs],
+        [photographs[place] for place in order],
         maps,
         failed,
         first.shape or second.shape,
