@@ -2,8 +2,9 @@
 
 import importlib.util
 import os
+import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -12,7 +13,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from attrbox.errors import FileError, InputError
+from attrbox.errors import FileError, InputError, PassedOverWarning
 
 T = TypeVar("T")
 
@@ -63,16 +64,29 @@ def load_images(paths: Iterable[str | Path] | str | Path, preprocess: Callable[[
 
 
 def find_images(paths: Iterable[str | Path]) -> list[Path]:
-    """The image files among and under some paths.
+    """The image files among and under some paths, links to files and folders included.
+
+    An image that is a link to nothing is among them: reading it tells why it cannot be had.
 
     Raises:
-        FileError: a path does not exist, or a folder holds no image.
+        FileError: a path does not exist, or a folder holds no image or cannot be listed.
         InputError: there are no paths.
+
+    Warns:
+        PassedOverWarning: a link leads back into itself, or to nothing and may have been a folder.
     """
     found: dict[Path, None] = {}
     for path in map(Path, paths):
         if path.is_dir():
-            inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+            passed: list[str] = []
+            inside = sorted(_inside(path, frozenset(), passed))
+            if passed:
+                warnings.warn(
+                    f"Passed over {len(passed)} entries of the folder {str(path)!r}: {'; '.join(passed[:5])}. Mend or "
+                    "remove them.",
+                    PassedOverWarning,
+                    stacklevel=3,
+                )
             if not inside:
                 raise FileError(
                     f"Expected images in the folder {str(path)!r}, got none of {', '.join(sorted(SUFFIXES))}."
@@ -81,10 +95,51 @@ def find_images(paths: Iterable[str | Path]) -> list[Path]:
         elif path.is_file():
             found[path] = None
         else:
-            raise FileError(f"Expected an image or a folder of images, but there is no {str(path)!r}.")
+            raise _dead_link(path) or FileError(
+                f"Expected an image or a folder of images, but there is no {str(path)!r}."
+            )
     if not found:
         raise InputError("Expected at least one image file or folder, got none.")
     return list(found)
+
+
+def _inside(folder: Path, above: frozenset[Path], passed: list[str]) -> Iterator[Path]:
+    """The images in a folder and its subfolders; what else may have been one is told to `passed`.
+
+    Args:
+        folder: that is searched.
+        above: the real paths of folders that led to it.
+        passed: gets texts.
+    """
+    here = Path(os.path.realpath(folder))
+    if here in above:
+        passed.append(f"{str(folder)!r} is a link to {str(here)!r}, in which it lies")
+        return
+    try:
+        entries = list(folder.iterdir())
+    except OSError as error:
+        raise FileError(
+            f"Cannot list the folder {str(folder)!r} ({error.strerror}). Make it readable, or move it elsewhere."
+        ) from error
+    for entry in entries:
+        is_image = entry.suffix.lower() in SUFFIXES
+        if entry.is_dir():
+            yield from _inside(entry, above | {here}, passed)
+        elif is_image and (entry.is_file() or _dead_link(entry)):
+            yield entry
+        elif is_image:
+            passed.append(f"{str(entry)!r} is no file")
+        elif not entry.suffix and (dead := _dead_link(entry)):
+            passed.append(str(dead).split(". ")[0])
+
+
+def _dead_link(path: Path) -> FileError | None:
+    """What is wrong with a link that leads to nothing; None if it leads to something, or if there is no link."""
+    if not path.is_symlink() or path.exists():
+        return None
+    return FileError(
+        f"{str(path)!r} is a link to {os.readlink(path)!r}, which cannot be found. Mend the link, or remove it."
+    )
 
 
 def open_image(path: str | Path) -> Image.Image:
@@ -93,6 +148,8 @@ def open_image(path: str | Path) -> Image.Image:
     Raises:
         FileError: the file cannot be read as an image.
     """
+    if dead := _dead_link(Path(path)):
+        raise dead
     try:
         with Image.open(path) as opened:
             return _as_rgb(ImageOps.exif_transpose(opened))

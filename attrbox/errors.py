@@ -94,6 +94,10 @@ class PluginWarning(UserWarning):
     """A third-party plug-in could not be loaded; the rest works."""
 
 
+class PassedOverWarning(UserWarning):
+    """Entries of a folder that could have been images are passed over; the message names them."""
+
+
 class NonFiniteWarning(UserWarning):
     """Maps have values that are NaN or infinite; the message names the images and where these arose."""
 

@@ -295,7 +295,7 @@ def _of_files(
     files = find_images(paths)
     labels = _folders(paths, files)
     names = distinct_names(files) if ids is None else ids
-    sizes = ",".join(str(file.stat().st_size) for file in files)
+    sizes = ",".join(str(file.stat().st_size if file.exists() else None) for file in files)
     sources = [str(file.absolute()) for file in files]
     return Samples(_Files(files), names, sources, preprocess, None, picture, sizes, labels)
 

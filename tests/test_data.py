@@ -1,6 +1,7 @@
 import importlib.util
 import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import Tensor
 from torchvision.transforms.functional import to_tensor
 
 from attrbox.data import demo_photographs, find_images, load_images, open_image
-from attrbox.errors import FileError, InputError
+from attrbox.errors import FileError, InputError, PassedOverWarning
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
 
@@ -110,6 +111,84 @@ def test_what_is_not_there(tmp_path: Path) -> None:
         find_images([tmp_path / "empty"])
     with pytest.raises(InputError, match="at least one"):
         find_images([])
+
+
+@pytest.fixture
+def linked(tmp_path: Path) -> Path:
+    """Links to images and folders, as data sets are made of, beside one image."""
+    write(tmp_path / "store" / "one.png")
+    write(tmp_path / "store" / "deep" / "two.png", WHITE)
+    folder = tmp_path / "folder"
+    write(folder / "three.png")
+    return folder
+
+
+def test_links_are_followed(linked: Path) -> None:
+    (linked / "one.png").symlink_to("../store/one.png")
+    (linked / "class").symlink_to("../store/deep")
+    (linked / "again").symlink_to("../store/deep")  # no loop
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = [str(file.relative_to(linked)) for file in find_images([linked])]
+    assert found == ["again/two.png", "class/two.png", "one.png", "three.png"]
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "told"),
+    [
+        ("loop", ".", "'.*/loop' is a link to '.*/folder', in which it lies"),
+        ("below/loop", "..", "in which it lies"),
+        ("below/loop.png", "../../folder", "in which it lies"),
+        ("below/loop", "../../store/back", "in which it lies"),  # which links to the folder
+        ("class", "nowhere", "'.*/class' is a link to 'nowhere', which cannot be found"),
+        ("class", "class", "cannot be found"),
+        ("below/class", "/nowhere/at/all", "cannot be found"),
+    ],
+)
+def test_links_that_lead_nowhere_are_told(linked: Path, name: str, target: str, told: str) -> None:
+    (linked / "../store/back").symlink_to(linked)
+    (linked / name).parent.mkdir(exist_ok=True)
+    (linked / name).symlink_to(target)
+    with pytest.warns(PassedOverWarning, match=told) as caught:
+        assert find_images([linked]) == [linked / "three.png"]
+    assert len(caught) == 1
+
+
+@pytest.mark.parametrize("target", ["nowhere.png", "gone.png", "/nowhere/at/all.jpg"])
+@pytest.mark.parametrize("name", ["gone.png", "below/gone.jpg"])
+def test_images_that_are_links_to_nothing(linked: Path, name: str, target: str) -> None:
+    (linked / name).parent.mkdir(exist_ok=True)
+    (linked / name).symlink_to(target)
+    assert linked / name in find_images([linked])
+    for paths in ([linked], [linked / name], [linked / "three.png", linked / name]):
+        with pytest.raises(FileError, match=f"gone.* is a link to .*{target}.*, which cannot be found"):
+            load_images(paths, small)
+
+
+def test_links_that_mean_no_image_are_nobodys_concern(linked: Path) -> None:
+    (linked / "notes.txt").symlink_to("nowhere")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert find_images([linked]) == [linked / "three.png"]
+
+
+def test_what_has_the_name_of_an_image_and_is_no_file(linked: Path) -> None:
+    os.mkfifo(linked / "pipe.png")
+    with pytest.warns(PassedOverWarning, match=r"'.*pipe\.png' is no file"):
+        assert find_images([linked]) == [linked / "three.png"]
+
+
+def test_a_folder_that_cannot_be_listed(linked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def listed(folder: Path) -> Iterator[Path]:
+        if folder.name == "secret":
+            raise PermissionError(13, "Permission denied")
+        return original(folder)
+
+    original = Path.iterdir
+    (linked / "secret").mkdir()
+    monkeypatch.setattr(Path, "iterdir", listed)
+    with pytest.raises(FileError, match=r"Cannot list the folder '.*secret' \(Permission denied\)"):
+        find_images([linked])
 
 
 def test_preprocessing_without_a_fixed_size(tmp_path: Path) -> None:

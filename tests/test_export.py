@@ -378,6 +378,21 @@ def test_image_folders(tmp_path, path):
     assert not (tmp_path / "other.h5").exists()
 
 
+def test_images_that_are_links_to_nothing_are_recorded(tmp_path, path):
+    loaded = LoadedModel(net(), "tiny", Preprocess(16, 16, (0.0,) * 3, (1.0,) * 3))
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    Image.new("RGB", (20, 18), "red").save(folder / "one.png")
+    (folder / "gone.png").symlink_to("nowhere.png")
+    summary = export(path, folder, model=loaded, methods=["saliency"])
+    assert summary.samples == 2
+    assert list(summary.failed) == ["gone"]
+    assert "is a link to 'nowhere.png', which cannot be found" in summary.failed["gone"]
+    assert export(path, folder, model=loaded, methods=["saliency"]).images == 0
+    with attrbox.open_maps(path) as maps:
+        assert "nowhere.png" in maps["saliency"].failed["gone"]
+
+
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "locked").mkdir(mode=0o500)
     if os.access(tmp_path / "locked", os.W_OK):
