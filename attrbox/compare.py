@@ -27,6 +27,7 @@ from attrbox.errors import (
     shown,
 )
 from attrbox.guard import check_model, untouched
+from attrbox.half import HALF, wide
 from attrbox.hdf5 import write_maps
 from attrbox.memory import backing_off, images_per_pass
 from attrbox.methods.base import Method, MethodSpec, choose
@@ -67,13 +68,14 @@ def explain(
         model: any `nn.Module` that maps images to scores; run in evaluation mode and left as it was. For methods
             without gradients (`occlusion`, `rise`, `lime`, `kernel_shap`) any callable: a tensor of images to scores,
             a tensor or an array.
-        images: [N, C, H, W], as the model takes them (normalised); also [N, D], [N, C, L], [N, C, D, H, W].
+        images: [N, C, H, W], as the model takes them (normalised); also [N, D], [N, C, L], [N, C, D, H, W]. Images and
+            models in float16 or bfloat16 are explained in float32, of the same numbers; so are scores and maps.
         method: a name of `list_methods()` or an alias.
         target: what is explained (`attrbox.targets`); default: each sample's largest output.
         seed: for methods that draw numbers. One seed gives every image the same stream; a sequence of N gives each its
             own. A map depends on its image and its seed, not on its batch mates or the chunk.
         batch_size: images per forward pass; default: by memory, and halved when memory runs out.
-        precision: `torch.bfloat16` or `torch.float16` for automatic mixed precision.
+        precision: `torch.bfloat16` or `torch.float16` for automatic mixed precision; for a model in half precision too.
         channels_last: run many-pass methods on [N, C, H, W] images in this memory format, which is faster; results
             differ by rounding.
         progress: show a progress bar on long work, if a terminal is there to show it.
@@ -218,7 +220,8 @@ def _run(given: object, images: Tensor, chosen: _Chosen, call: _Call) -> Compari
 
 def _run_outside_of_inference_mode(given: object, images: Tensor, chosen: _Chosen, call: _Call) -> Comparison:
     differentiating = [label for label, (_, method) in chosen.items() if method.needs_gradients]
-    model = check_model(given, differentiating)
+    dtype = getattr(images, "dtype", None)
+    model = check_model(given, differentiating, dtype)
     images = check_images(images).detach()
     images = images.clone() if images.is_inference() else images  # the clone is an ordinary tensor
     count = len(images)
@@ -233,7 +236,7 @@ def _run_outside_of_inference_mode(given: object, images: Tensor, chosen: _Chose
     replays = sum(len(method.rules) + len(method.layers) for method in used)
     chunks: list[_Chunk] = []
     passes = [method.passes_on(images) for method in used]
-    with untouched(model), _bar(count * sum(passes), call.progress) as bar:
+    with untouched(model, dtype in HALF), _bar(count * sum(passes), call.progress) as bar:
         settings = Settings(target, seeds, call.precision, call.channels_last, bar.update)
         size = call.batch_size or _images_per_pass(model, images, settings, used, bool(differentiating))
         start = 0
@@ -279,7 +282,7 @@ def _bar(total: int, progress: bool) -> Any:
 
 
 def check_images(images: object) -> Tensor:
-    """Return `images` if they are a batch of finite floating-point numbers.
+    """Return `images`, in float32 if they came in half precision, if they are a batch of finite floating-point numbers.
 
     Raises:
         InputError: they are not.
@@ -301,7 +304,7 @@ def check_images(images: object) -> Tensor:
     if not images.is_meta and not bool(images.sum().isfinite()) and not bool(images.isfinite().all()):
         bad = (~images.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
         raise InputError(f"Expected finite pixels, got NaN or infinity in images {bad[:10]}. Mend or leave out these.")
-    return images
+    return wide(images)
 
 
 def _replays(method: Method) -> bool:

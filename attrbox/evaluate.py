@@ -17,6 +17,7 @@ from attrbox.compare import check_images
 from attrbox.engine.recorder import forward
 from attrbox.errors import InputError, OptionError, shown
 from attrbox.guard import check_model, untouched
+from attrbox.half import HALF
 from attrbox.memory import images_per_pass
 from attrbox.methods.base import check_count, choose
 from attrbox.metrics.base import Measurement, Metric
@@ -93,6 +94,7 @@ def evaluate(
     chosen = choose(registry, metrics)
     if batch_size is not None:
         check_count("batch_size", batch_size)
+    half = getattr(images, "dtype", None) in HALF
     with torch.inference_mode(False):
         images = check_images(images).detach()
         images = images.clone() if images.is_inference() else images  # the clone is an ordinary tensor
@@ -111,6 +113,7 @@ def evaluate(
         batch_size=batch_size,
         channels_last=channels_last,
         progress=progress,
+        half=half,
     )
     plan.check(model)
     measured = plan.run(model)
@@ -185,6 +188,7 @@ class _Plan:
     batch_size: int | None
     channels_last: bool
     progress: bool
+    half: bool
 
     def check(self, model: nn.Module | None) -> None:
         """Refuse metrics that lack what they need, before anything is computed."""
@@ -210,7 +214,7 @@ class _Plan:
         labels = len(self.sources) + len(self.controls)
         size = max(1, _RANKINGS // (labels * self.images[0].numel() * 4))
         measured = []
-        guard = contextlib.nullcontext() if model is None else untouched(model)
+        guard = contextlib.nullcontext() if model is None else untouched(model, self.half)
         with torch.inference_mode(False), guard, torch.no_grad(), self._bar() as bar:
             per_pass = self._per_pass(model)
             for start in range(0, count, size):

@@ -10,21 +10,24 @@ import torch
 from torch import Tensor, nn
 
 from attrbox.errors import ModelError, TrainingModeWarning
+from attrbox.half import HALF, widened
 
 
 class BlackBox(nn.Module):
     """A callable that is no module, for methods without gradients.
 
-    It gets a contiguous tensor of images, and may return an array of any library that numpy understands.
+    It gets a contiguous tensor of images, in their `dtype`, and may return an array of any library that numpy
+    understands.
     """
 
-    def __init__(self, function: Callable[[Tensor], Any]) -> None:
+    def __init__(self, function: Callable[[Tensor], Any], dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.function = function
+        self.dtype = dtype
         self.eval()
 
     def forward(self, images: Tensor) -> Any:
-        output = self.function(images)
+        output = self.function(images if self.dtype is None else images.to(self.dtype))
         if not isinstance(output, Tensor) and hasattr(output, "__array__"):
             output = torch.as_tensor(output)
         if isinstance(output, Tensor) and output.is_floating_point():
@@ -32,12 +35,15 @@ class BlackBox(nn.Module):
         return output
 
 
-def check_model(model: object, differentiating: Sequence[str] = ("explaining",)) -> nn.Module:
+def check_model(
+    model: object, differentiating: Sequence[str] = ("explaining",), dtype: torch.dtype | None = None
+) -> nn.Module:
     """Return `model` if it is an `nn.Module` that can be differentiated.
 
     Args:
         model: what the user gave.
         differentiating: the methods that need gradients; if there are none, any callable will do.
+        dtype: of the images as the user gave them, for a callable that is no module.
 
     Raises:
         ModelError: it is something else, has uninitialised parameters, or was built in inference mode.
@@ -45,7 +51,7 @@ def check_model(model: object, differentiating: Sequence[str] = ("explaining",))
     if not isinstance(model, nn.Module):
         plain = model if callable(model) and not isinstance(model, type) else None
         if plain is not None and not differentiating:
-            return BlackBox(plain)
+            return BlackBox(plain, dtype)
         raise ModelError(
             f"Expected the model to be a torch.nn.Module, got {getattr(model, '__name__', type(model).__name__)!r}. "
             + (
@@ -73,8 +79,9 @@ _TURN = threading.RLock()  # one for all models, as two may share parameters
 
 
 @contextlib.contextmanager
-def untouched(model: nn.Module) -> Iterator[nn.Module]:
-    """Run `model` in evaluation mode with frozen parameters; put everything back on exit.
+def untouched(model: nn.Module, half: bool = False) -> Iterator[nn.Module]:
+    """Run `model` in evaluation mode with frozen parameters, and in float32 if it is in half precision, or (`half`) the
+    images came so; put everything back on exit.
 
     Everything is: each module's `training`, each parameter's `requires_grad`, the value and identity of each
     buffer, and the global random state of the CPU and of the model's GPUs. Gradients are enabled inside,
@@ -100,6 +107,7 @@ def untouched(model: nn.Module) -> Iterator[nn.Module]:
             for name, buffer in module._buffers.items()
             if buffer is not None
         ]
+        half = half or any(tensor.dtype in HALF for tensor in (*model.parameters(), *model.buffers()))
         devices = {tensor.device.index for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda}
         with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=sorted(devices)):
             try:
@@ -107,7 +115,8 @@ def untouched(model: nn.Module) -> Iterator[nn.Module]:
                     module.training = False  # not module.eval(): a user's override of train() may have side effects
                 for parameter, _ in flags:
                     parameter.requires_grad_(False)
-                yield model
+                with widened(model) if half and not isinstance(model, BlackBox) else contextlib.nullcontext():
+                    yield model
             finally:
                 for module, training in modes:
                     module.training = training

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdRef
 
 from attrbox.errors import ModelError
 
@@ -41,7 +42,8 @@ def known_weights_hash(model: nn.Module) -> str:
         ModelError: as for `weights_hash`.
     """
     tensors = (*model.named_parameters(), *model.named_buffers())
-    marks = tuple((name, tensor.data_ptr(), tensor._version) for name, tensor in tensors)
+    # By identity too: where a tensor was freed, another one may lie since.
+    marks = tuple((name, WeakIdRef(tensor), tensor.data_ptr(), tensor._version) for name, tensor in tensors)
     found = _known.get(model)
     if found is None or found[0] != marks:
         found = _known[model] = marks, weights_hash(model)
