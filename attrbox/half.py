@@ -1,8 +1,8 @@
 """Half precision: what comes in float16 or bfloat16 is explained in float32, of the same values.
 
-Relevance and multipliers are quotients. In half precision their stabilizers vanish, they leave its range, and gradients,
-means over many passes and steps of optimizers lose most of their digits. So images are widened where they come in, and
-the model while it is explained; scores and maps are float32.
+Relevance and multipliers are quotients: in half precision their stabilizers vanish and they leave its range. Gradients,
+means over many passes and steps of optimizers lose most of their digits there. So images are widened where they come
+in, and the model while it is explained; scores and maps are float32.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ def widened(model: nn.Module) -> Iterator[None]:
     Its modules hold float32 copies of such parameters and buffers meanwhile; the tensors themselves are not touched.
     Half precision that its code asks for is float32 as well.
     """
-    stores = [store for module in model.modules() for store in (module._parameters, module._buffers)]
+    stores: list[dict[str, Any]] = [s for module in model.modules() for s in (module._parameters, module._buffers)]
     held = [(store, name, tensor) for store in stores for name, tensor in store.items() if _is_half(tensor)]
     copies = {id(tensor): _copy(tensor) for _, _, tensor in held}  # one for all modules that share a tensor
     try:
@@ -56,8 +56,8 @@ def _is_half(value: Any) -> bool:
 
 
 class _Widening(TorchFunctionMode):
-    """Turns half precision in the arguments of torch functions into float32: dtypes that are asked for, and tensors that
-    are no parameters or buffers, but stay as they are where they are written to."""
+    """Turns half precision in the arguments of torch functions into float32: the dtypes that are asked for, and tensors
+    that are no parameters or buffers, unless they are written to."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function in (Tensor.half, Tensor.bfloat16):
