@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from attrbox.dense import dense
 from attrbox.errors import (
     InputError,
     ModelError,
@@ -282,13 +283,15 @@ def _bar(total: int, progress: bool) -> Any:
 
 
 def check_images(images: object) -> Tensor:
-    """Return `images`, in float32 if they came in half precision, if they are a batch of finite floating-point numbers.
+    """Return `images` if they are a batch of finite floating-point numbers; in float32 if they came in half precision,
+    written out if they are sparse.
 
     Raises:
         InputError: they are not.
     """
     if not isinstance(images, Tensor):
         raise InputError(f"Expected images as a torch.Tensor [N, C, H, W], got {type(images).__name__}.")
+    images = dense(images, "images")
     if not images.is_floating_point():
         raise InputError(
             f"Expected floating-point images, preprocessed as the model takes them, got {images.dtype}. "

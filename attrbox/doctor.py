@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from attrbox.compare import explain
+from attrbox.dense import dense
 from attrbox.errors import AttrboxError, InputError, NonFiniteWarning
 from attrbox.guard import check_model
 from attrbox.methods.base import methods as registry
@@ -91,8 +92,11 @@ def doctor(model: nn.Module, images: Tensor, methods: Iterable[str] | None = Non
     Raises:
         AttrboxError: the model does not run at all, or has no such target.
     """
-    if not isinstance(images, Tensor) or not images.is_floating_point():
+    if not isinstance(images, Tensor):
         raise InputError(f"Expected images as a floating-point tensor [n, C, H, W], got {type(images).__name__}.")
+    images = dense(images, "images")
+    if not images.is_floating_point():
+        raise InputError(f"Expected images as a floating-point tensor [n, C, H, W], got one of {images.dtype}.")
     module = check_model(model)
     names = [registry[name].name for name in methods] if methods is not None else _looking_inside()
     if images.numel() == 0:

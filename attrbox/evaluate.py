@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from attrbox.compare import check_images
+from attrbox.dense import dense
 from attrbox.engine.recorder import forward
 from attrbox.errors import InputError, OptionError, shown
 from attrbox.guard import check_model, untouched
@@ -162,8 +163,11 @@ def _streams(seed: int | Sequence[int], count: int) -> tuple[int, ...]:
 def _masks(masks: Tensor | Sequence[Tensor] | None, images: Tensor) -> list[Tensor] | None:
     if masks is None:
         return None
+    if isinstance(masks, Tensor):
+        masks = dense(masks, "object masks")
     if len(masks) != len(images):
         raise InputError(f"Expected one object mask for each of the {len(images)} images, got {len(masks)}.")
+    masks = [dense(mask, "object masks") if isinstance(mask, Tensor) else mask for mask in masks]
     for index, mask in enumerate(masks):
         if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.numel() == 0:
             got = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__

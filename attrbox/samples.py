@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSampler, Subset
 
 from attrbox.data import distinct_names, find_images, open_image
+from attrbox.dense import dense
 from attrbox.errors import InputError, TargetError
 from attrbox.hashing import tensor_bytes
 from attrbox.hdf5 import storable
@@ -198,6 +199,7 @@ class Samples(Dataset[Sample]):
                 image, label = image[0], None if label is None else label[0]
             if not isinstance(image, Tensor) and self.preprocess is not None:
                 image = self.preprocess(image)
+            image = dense(image, "images") if isinstance(image, Tensor) else image
             flaw = _flaw(image)
         except Exception as error:  # datasets are foreign code, and files are broken in all sorts of ways
             return Sample(row, flaw=" ".join(f"{type(error).__name__}: {error}".split())[:500])
@@ -278,7 +280,8 @@ def samples_of(
             f"Expected an image folder, a torch dataset with a length and an index, a DataLoader of one or a tensor, "
             f"got {type(data).__name__}. An export that can be resumed must reach each sample by its number."
         )
-    return Samples(data, ids, None, preprocess, None, picture)
+    items = dense(data, "images") if isinstance(data, Tensor) else data
+    return Samples(items, ids, None, preprocess, None, picture)
 
 
 def _of_files(

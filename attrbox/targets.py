@@ -23,6 +23,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from attrbox.dense import dense
 from attrbox.errors import AttrboxError, OptionError, TargetError, shown
 from attrbox.memory import is_out_of_memory
 from attrbox.outputs import Outputs, described, mapped, tensors
@@ -290,7 +291,7 @@ def _whole_numbers(target: Any) -> Tensor:
     if isinstance(target, Tensor):
         if target.is_floating_point() or target.is_complex() or target.dtype is torch.bool:
             raise TargetError(f"Expected class indices as whole numbers, got a tensor of {target.dtype}.")
-        numbers = target.detach().to("cpu", torch.int64)
+        numbers = dense(target, "class indices").detach().to("cpu", torch.int64)
         return numbers.clone() if numbers.is_inference() else numbers
     try:
         if isinstance(target, bool | str | float):

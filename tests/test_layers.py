@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[1] / "attrbox"
 # From the bottom to the top: a module imports from lines above its own only. A package stands for its modules.
 LAYERS = [
     ["attrbox.errors"],
+    ["attrbox.dense"],
     ["attrbox.files", "attrbox.half", "attrbox.hashing", "attrbox.progress", "attrbox.registry", "attrbox.shapes"],
     ["attrbox.journal", "attrbox.labels", "attrbox.tensorfiles"],
     ["attrbox.guard", "attrbox.memory", "attrbox.outputs", "attrbox.perturbations"],

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from attrbox.dense import dense
 from attrbox.engine.site import Rule
 from attrbox.errors import OptionError, shown
 from attrbox.perturbations import FILLS
@@ -150,6 +151,7 @@ class Spec(Generic[B]):
 
         Raises:
             OptionError: an option is unknown, missing or out of range.
+            InputError: an option is a nested tensor.
         """
         known = {info.name for info in self.options}
         for name in options:
@@ -163,6 +165,10 @@ class Spec(Generic[B]):
         for info in self.options:
             if info.default is REQUIRED and info.name not in options:
                 raise OptionError(f"The {self.kind} {self.name!r} needs the option {info.name!r}: {info.help}.")
+        options = {
+            name: dense(value, f"the option {name!r}") if isinstance(value, Tensor) else value
+            for name, value in options.items()
+        }
         try:
             return self.build(**options)
         except TypeError as error:  # wrong types that a method's own checks compare

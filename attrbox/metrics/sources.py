@@ -11,6 +11,7 @@ import h5py
 import torch
 from torch import Tensor, nn
 
+from attrbox.dense import dense
 from attrbox.errors import AttrboxError, InputError, shown
 from attrbox.hdf5 import dataset_name, options_in, provenance_in
 from attrbox.maps import MapsFile
@@ -83,6 +84,8 @@ def read(maps: MapsLike, explainers: Mapping[str, ExplainerLike] | None = None) 
 
 
 def _source(label: str, maps: Any) -> Source:
+    if isinstance(maps, Tensor):
+        return Source(dense(maps, f"the maps of {label!r}"))
     if not isinstance(maps, Attribution):
         if not hasattr(maps, "shape") or not hasattr(maps, "__getitem__"):
             raise InputError(f"Expected the maps of {label!r} as a tensor [N, H, W], got {type(maps).__name__}.")
