@@ -23,6 +23,12 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in HALF else tensor
 
 
+def autocasting(device: torch.device) -> torch.dtype | None:
+    """The dtype of automatic mixed precision on a device, where it is on."""
+    on = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if on else None
+
+
 @contextlib.contextmanager
 def widened(model: nn.Module) -> Iterator[None]:
     """Run `model` in float32, wherever it is in half precision.
@@ -72,9 +78,9 @@ def _writes(name: str) -> bool:
 
 
 def _wide(value: Any) -> Any:
-    if isinstance(value, Tensor):
+    if _is_half(value):
         # Under autocast, activations are in half precision on purpose, and torch brings both together itself.
-        return value if torch.is_autocast_enabled(value.device.type) else wide(value)
+        return value if autocasting(value.device) else value.float()
     if isinstance(value, torch.dtype):
         return torch.float32 if value in HALF else value
     if type(value) in (tuple, list):

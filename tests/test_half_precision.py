@@ -12,10 +12,15 @@ from torch import Tensor, nn
 
 import attrbox
 from attrbox.errors import AttrboxError, ForwardError, ModelError
+from attrbox.guard import untouched
 from attrbox.hashing import known_weights_hash
+from attrbox.methods.chunk import Settings
+from attrbox.methods.run import Run
+from attrbox.targets import Target
 
 HALVES = [torch.float16, torch.bfloat16]
 METHODS = [name for name, spec in attrbox.methods.items() if not spec.required]
+X, M = images(2, 3, 8, 8), torch.ones(2, 2)
 SOME = ["saliency", "deeplift", "deep_taylor", "epsilon_gamma_box", "epsilon_plus", "smoothgrad", "learned", "rise"]
 
 
@@ -217,6 +222,65 @@ def test_mixed_precision_of_a_model_in_half(precision: torch.dtype) -> None:
     for method in ("smoothgrad", "occlusion", "deeplift"):
         found = maps(half, x, method, precision=precision).values
         same(found, maps(full, x.float(), method, precision=precision).values)
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e3])
+@pytest.mark.parametrize("method", [name for name in METHODS if not name.startswith(("learned", "lime"))])
+def test_mixed_precision_in_float16(method: str, scale: float) -> None:
+    """Gradients and relevance below its range or beyond it: they are taken in float32, or scaled."""
+    for net in ("attention",) if attrbox.methods[method].only_for else NETS:
+        model = NETS[net](0).float()
+        with torch.no_grad():
+            for parameter in list(model.parameters())[-2:]:  # of the head
+                parameter.mul_(scale)
+        x = images(2, 3, 8, 8, dtype=torch.float32)
+        found, wanted = (maps(model, x, method, precision=dtype).values for dtype in (torch.float16, None))
+        assert found.isfinite().all()
+        assert (found - wanted).norm() <= 0.05 * wanted.norm(), net
+
+
+class Cutting(attrbox.Rule):
+    """Notes what it gets."""
+
+    kinds = frozenset({"relu"})
+    needs = frozenset({"input", "output", "derivative"})
+
+    def __init__(self) -> None:
+        self.seen: set[object] = set()
+
+    def propagate(self, site: attrbox.Site, grad_output: Tensor) -> Tensor:
+        self.seen |= {site.input.dtype, site.output.dtype, grad_output.dtype, torch.mm(M, M).dtype}
+        return site.true_gradient(grad_output)
+
+
+class Autocasting(nn.Module):
+    """A model with mixed precision of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = relu_net(dtype=torch.float32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.inner(x).float()
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_rules_are_computed_in_float32(own: bool) -> None:
+    rule = Cutting()
+    x = images(2, 3, 8, 8, dtype=torch.float32)
+    model = Autocasting().eval() if own else relu_net(dtype=torch.float32)
+    settings = Settings(Target(1, 2), (0,), None if own else torch.bfloat16)
+    with untouched(model):
+        Run(model, x, settings, slice(0, 2), 2, [rule]).gradient(rule)
+    assert rule.seen == {torch.float32}
+
+
+@pytest.mark.parametrize("method", ["saliency", "deeplift", "epsilon_gamma_box"])
+def test_on_the_meta_device(method: str) -> None:
+    model = nn.Sequential(Constant()).eval().half().to("meta")
+    model[0].weight, model[0].note = model[0].weight.to("meta"), model[0].note.to("meta")
+    assert maps(model, X[:2].half().to("meta"), method).values.shape == (2, 3, 8, 8)
 
 
 def test_a_model_that_cannot_be_widened_is_told() -> None:

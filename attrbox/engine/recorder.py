@@ -41,6 +41,7 @@ from attrbox.errors import (
     UnsupportedModelError,
     near_miss,
 )
+from attrbox.half import HALF, wide
 from attrbox.memory import is_out_of_memory
 from attrbox.outputs import tensors
 from attrbox.shapes import Operated
@@ -72,7 +73,7 @@ class Replaying:
         reference = self.reference.inputs[site.index] if self.reference else None
         site = site.with_tensors(inputs, output, reference, type(rule).__name__ if rule else "")
         try:
-            found = site.true_gradient(grad) if rule is None else _propagated(rule, site, grad)
+            found = site.true_gradient(grad) if rule is None else _in_float32(rule, site, grad)
         except Exception as error:
             if rule is None or isinstance(error, AttrboxError) or is_out_of_memory(error):
                 raise
@@ -92,6 +93,17 @@ class Replaying:
             )
         # A product may have broadcast a factor: its gradient is summed over the copies.
         return tuple(gradient.sum_to_size(shape) for gradient, shape in zip(gradients, shapes, strict=True))
+
+
+def _in_float32(rule: Rule, site: Site, grad: Tensor) -> Gradients:
+    """What the rule answers; where activations are in half precision, as under autocast, of float32 copies of them."""
+    tensors = (site.saved_inputs, None if site.saved_output is None else (site.saved_output,), site.saved_reference)
+    if not any(tensor.dtype in HALF for some in (*tensors, (grad,)) for tensor in some or ()):
+        return _propagated(rule, site, grad)
+    inputs, output, reference = (None if some is None else tuple(map(wide, some)) for some in tensors)
+    site = site.with_tensors(inputs, output[0] if output else None, reference, site.rule)
+    with torch.autocast(grad.device.type, enabled=False):
+        return _propagated(rule, site, wide(grad))
 
 
 def _propagated(rule: Rule, site: Site, grad: Tensor) -> Gradients:

@@ -17,6 +17,7 @@ from attrbox.errors import (
     RuleError,
     UnsupportedModelError,
 )
+from attrbox.half import autocasting, wide
 from attrbox.outputs import mapped
 from attrbox.shapes import Coverage, Operated
 
@@ -50,6 +51,7 @@ class Tape:
         self._by_row = recorder is not None and recorder.by_row
         self._needs = recorder.needs if recorder else {}
         self._replaying = recorder.replaying if recorder else Replaying()
+        self._narrow = autocasting(images.device) == torch.float16
 
     def maps_on_the_way(self, scores: Sequence[Tensor]) -> int | None:
         """How many spatial feature maps to follow so that the last one lies on the way to all of these scores; None if
@@ -139,10 +141,14 @@ class Tape:
         if not score.requires_grad:
             raise _no_gradient()
         self._replaying.rule, self._replaying.reference = rule, reference
+        gradients: tuple[Tensor, ...]
         try:
-            gradients: tuple[Tensor, ...] = torch.autograd.grad(
-                score.sum(), cast(Any, inputs), retain_graph=keep, create_graph=create_graph, allow_unused=True
-            )
+            if self._narrow and not create_graph and rule is None:
+                gradients = _scaled(score, inputs)
+            else:
+                gradients = torch.autograd.grad(
+                    score.sum(), cast(Any, inputs), retain_graph=keep, create_graph=create_graph, allow_unused=True
+                )
         except RuntimeError as error:
             if "use_reentrant" in str(error):  # its reentrant variant and autograd.grad
                 raise checkpointed() from error
@@ -228,6 +234,22 @@ def check_visible(model: nn.Module) -> None:
             f"{where.capitalize()} is {state}, so its single operations cannot be seen and no propagation rule "
             f"would reach them. {remedy}; saliency, integrated_gradients and the SmoothGrad family run on it as it is."
         )
+
+
+def _scaled(score: Tensor, inputs: Sequence[Tensor | GradientEdge]) -> tuple[Tensor, ...]:
+    """Gradients in float32, taken through float16: of the score times the largest power of two that nothing overflows
+    at, as small gradients are 0 there."""
+    found: tuple[Tensor, ...] = ()
+    for scale in _SCALES:
+        seed = torch.full_like(score, scale)
+        found = torch.autograd.grad(score, cast(Any, inputs), seed, retain_graph=True, allow_unused=True)
+        found = tuple(None if gradient is None else wide(gradient) / scale for gradient in found)
+        if all(gradient is None or bool(gradient.isfinite().all()) for gradient in found):
+            break
+    return found
+
+
+_SCALES = (2.0**12, 2.0**6, 1.0, 2.0**-6, 2.0**-12)
 
 
 def _broadcasts(site: Site, reference: tuple[Tensor, ...] | None) -> bool:

@@ -63,11 +63,18 @@ class Chunk:
     @contextlib.contextmanager
     def autocast(self) -> Iterator[None]:
         """Automatic mixed precision, if the call asks for it."""
-        if self.settings.precision is None:
+        with self._autocast(self.settings.precision):
             yield
-        else:
-            with torch.autocast(self.images.device.type, self.settings.precision):
-                yield
+
+    @contextlib.contextmanager
+    def autocast_recorded(self) -> Iterator[None]:
+        """The same for the pass at the images themselves, which rules are replayed on; but float32 in place of float16,
+        whose range does not hold relevance."""
+        with self._autocast(None if self.settings.precision == torch.float16 else self.settings.precision):
+            yield
+
+    def _autocast(self, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[None]:
+        return torch.autocast(self.images.device.type, dtype) if dtype else contextlib.nullcontext()
 
     def once(self, key: tuple[object, ...], compute: Callable[[], T]) -> T:
         """`compute()`, or what it returned for the same key before, also to another method."""

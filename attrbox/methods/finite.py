@@ -58,7 +58,7 @@ def first_site(run: Run, method: Method) -> str | None:
     rules = [rule for rule in method.rules if rule is not None]
     finder = _Finder(rules[0] if rules else None)
     try:
-        with run.autocast():
+        with run.autocast_recorded():
             tape = record(run.model, run.images, [finder])
             baseline = run.baseline(getattr(method, "baseline", 0.0)) if finder.uses_reference else None
             reference = None if baseline is None else tape.record_reference(baseline)

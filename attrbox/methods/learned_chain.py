@@ -53,7 +53,7 @@ def prepared(rule: LearnedRule, modules: str | None, run: Run, k: int) -> tuple[
     """The recorded pass, the rule with its features, and the sites that get parameters."""
     tape = recorded(rule, run)
     chosen = sites_within(tape, modules)
-    with run.autocast():
+    with run.autocast_recorded():
         reference = tape.record_reference(run.baseline(0.0)) if rule.compares else None
         first = Differences(rule, frozenset(site.index for site in chosen))
         score = run.settings.target.score(run.returned(tape.output), run.indices)[:, k]
@@ -120,7 +120,7 @@ def regions(run: Run, sigma: float) -> list[Tensor | None]:
         return [None for _ in targets]
     need_images(run.images, "A region (region > 0)")
     rule = DeepLift()
-    with run.autocast():
+    with run.autocast_recorded():
         tape = record(run.model, in_channels_last(run.images), [rule])
         reference = tape.record_reference(run.baseline(0.0))
         scores = run.settings.target.score(run.returned(tape.output), run.indices)
@@ -137,7 +137,7 @@ def chained(
     run: Run, tape: Tape, rule: LearnedRule, reference: Any, k: int, sigma: float, region: Tensor | None
 ) -> Tensor:
     """X * G_X under the rule, [n, C, ...], within the region, smoothed."""
-    with run.autocast():
+    with run.autocast_recorded():
         score = run.settings.target.score(run.returned(tape.output), run.indices)[:, k]
         (gradient,) = tape.replay(score, [tape.images], rule, reference=reference)
     values = tape.images.detach() * gradient

@@ -159,7 +159,7 @@ def learn(method: Learning, run: Run, region: Tensor | None, k: int, restart: in
 
     all_alive = True
     for step in range(method.iterations):
-        with run.autocast(), part("chain"):
+        with run.autocast_recorded(), part("chain"):
             score = run.settings.target.score(run.returned(tape.output), run.indices)[:, k]
             (gradient,) = tape.replay(score, [tape.images], rule, reference=reference, create_graph=True)
         map = generator.smoothed(weighed(region, channel_sum(images * gradient)))

@@ -48,7 +48,7 @@ class Recorded(Chunk):
         """The recorded forward pass of the images."""
 
         def compute() -> Tape:
-            with self.autocast():
+            with self.autocast_recorded():
                 return record(self.model, self.images, self._rules, self._layers, maps=self._maps)
 
         return self.once(("tape",), compute)
@@ -82,12 +82,14 @@ class Recorded(Chunk):
         return self._scored()[0]
 
     def scores_in(self, unit: str) -> Tensor:
-        """The same in another unit (`attrbox.targets.UNITS`), [n, K]; one more pass unless it is "logit"."""
+        """The same in a unit (`attrbox.targets.UNITS`), [n, K], of the kind of pass that masked images take; one more
+        pass unless it is "logit" and that kind is the recorded one's."""
 
         def compute() -> Tensor:
             return self.settings.target.score(self.bare(self.images), self.indices, unit).to(self.images.dtype)
 
-        return self.scores if unit == "logit" else self.once(("scored", unit), compute)
+        recorded = unit == "logit" and self.settings.precision != torch.float16
+        return self.scores if recorded else self.once(("scored", unit), compute)
 
     @property
     def indices(self) -> Tensor | None:
@@ -110,7 +112,7 @@ class Recorded(Chunk):
         return output
 
     def _untaped(self, images: Tensor) -> Outputs:
-        with self.autocast():
+        with self.autocast_recorded():
             return self.returned(forward(self.model, images.clone()), len(images))
 
     def _scored(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -133,7 +135,7 @@ class Recorded(Chunk):
         """The gradient of each score with respect to `inputs`, [n, K, ...]."""
         scores = self.settings.target.score(self._output(), self.indices)
         count = scores.shape[1]
-        with self.autocast():
+        with self.autocast_recorded():
             gradients = [
                 self.tape.replay(scores[:, k], [inputs], rule, reference=reference, keep=self._keep or k + 1 < count)[0]
                 for k in range(count)
@@ -163,7 +165,7 @@ class Recorded(Chunk):
         """The gradient of one score of one image with respect to that image, propagated by `rule`, [C, H, W]."""
         self.replayed.append(rule)
         self._serve(rule)
-        with self.autocast():
+        with self.autocast_recorded():
             score = self.settings.target.score(self._output(), self.indices)[row, column]
             return self.tape.replay(score, [self.tape.images], rule)[0][row].to(self.images.dtype)
 
@@ -216,7 +218,7 @@ class Recorded(Chunk):
         """The recorded forward pass of a baseline."""
 
         def compute() -> Reference:
-            with self.autocast():
+            with self.autocast_recorded():
                 return self.tape.record_reference(self.baseline(baseline))
 
         return self.once(("reference", identity(baseline)), compute)
@@ -255,7 +257,7 @@ class Recorded(Chunk):
         """
 
         def compute() -> Tape:
-            with self.autocast():
+            with self.autocast_recorded():
                 return record(self.model, in_channels_last(self.images), [rule], twice=True)
 
         return self.once(("recording", key), compute)

@@ -78,7 +78,8 @@ class Layer:
     def __init__(self, site: Site) -> None:
         self.x = site.input
         self.weight: Tensor = site.options["weight"].to(self.x.dtype)
-        self.bias: Tensor | None = site.options["bias"]
+        bias = site.options["bias"]
+        self.bias: Tensor | None = None if bias is None else bias.to(self.x.dtype)
         self.nonnegative: bool = site.options["nonnegative"]
         self.axis: int = site.options["axis"]
         self._apply: Callable[[Tensor, Tensor, Tensor | None], Tensor] = site.options["apply"]
