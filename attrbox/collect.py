@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,8 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from attrbox.errors import InputError, OptionError
+from attrbox.errors import FileError, InputError, OptionError, shown
+from attrbox.files import as_path
 from attrbox.hdf5 import checksum
 from attrbox.journal import replacing
 from attrbox.maps import MapsFile, open_maps
@@ -56,7 +57,7 @@ def _damage(dataset: h5py.Dataset, row: int, sums: NDArray[Any] | None) -> str:
     return "" if np.isfinite(values).all() else "has NaN or infinite values"
 
 
-def merge(paths: Sequence[str | Path], path: str | Path, *, virtual: bool = False, overwrite: bool = False) -> Path:
+def merge(paths: Iterable[str | Path], path: str | Path, *, virtual: bool = False, overwrite: bool = False) -> Path:
     """Put files of maps together: the samples of all, or the methods of all where the samples are the same.
 
     Args:
@@ -70,6 +71,9 @@ def merge(paths: Sequence[str | Path], path: str | Path, *, virtual: bool = Fals
         FileError: a file cannot be read, or the new one cannot be written.
         InputError: the files do not belong together; what differs is named.
     """
+    if isinstance(paths, str | bytes) or not isinstance(paths, Iterable):
+        raise FileError(f"Expected a list of files to merge, got {shown(paths)}.")
+    paths = list(paths)
     if not paths:
         raise InputError("Expected at least one file to merge, got none.")
     with ExitStack() as stack:
@@ -91,7 +95,7 @@ def split(path: str | Path, parts: int, *, overwrite: bool = False) -> list[Path
         OptionError: there are fewer samples than parts.
     """
     check_count("parts", parts)
-    path = Path(path)
+    path = as_path(path)
     with open_maps(path) as maps:
         if parts > maps.samples:
             raise OptionError(f"Expected parts to be at most {maps.samples}, the number of samples, got {parts}.")

@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from pydantic_core import ErrorDetails
 
 from attrbox.errors import AttrboxError, FileError, OptionError, near_miss, shown
+from attrbox.files import as_path
 from attrbox.methods.base import choose
 from attrbox.methods.base import methods as method_registry
 from attrbox.metrics.base import metrics as metric_registry
@@ -230,7 +231,7 @@ def _value(text: str) -> Any:
 
 def _read(path: str | Path) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return as_path(path, "the name of a config").read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise FileError(f"Cannot read the config {str(path)!r} ({error}).") from error
 

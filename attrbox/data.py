@@ -13,7 +13,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from attrbox.errors import FileError, InputError, PassedOverWarning
+from attrbox.errors import FileError, InputError, PassedOverWarning, shown
+from attrbox.files import as_path
 
 T = TypeVar("T")
 
@@ -52,7 +53,7 @@ def load_images(paths: Iterable[str | Path] | str | Path, preprocess: Callable[[
         FileError: a path does not exist, a folder holds no image, or a file cannot be read as one.
         InputError: there are no paths, or `preprocess` made tensors of different shapes.
     """
-    files = find_images([paths] if isinstance(paths, str | Path) else paths)
+    files = find_images(paths)
     tensors = [preprocess(open_image(file)) for file in files]
     shapes = {tuple(tensor.shape) for tensor in tensors}
     if len(shapes) > 1:
@@ -63,7 +64,7 @@ def load_images(paths: Iterable[str | Path] | str | Path, preprocess: Callable[[
     return Images(torch.stack(tensors), distinct_names(files), files)
 
 
-def find_images(paths: Iterable[str | Path]) -> list[Path]:
+def find_images(paths: Iterable[str | Path] | str | Path) -> list[Path]:
     """The image files among and under some paths, links to files and folders included.
 
     An image that is a link to nothing is among them: reading it tells why it cannot be had.
@@ -76,8 +77,13 @@ def find_images(paths: Iterable[str | Path]) -> list[Path]:
         PassedOverWarning: a link leads back into itself, or to nothing and may have been a folder.
     """
     found: dict[Path, None] = {}
-    for path in map(Path, paths):
-        if path.is_dir():
+    if isinstance(paths, str | Path):
+        paths = [paths]
+    elif not isinstance(paths, Iterable):
+        raise InputError(f"Expected image files or folders, got {shown(paths)}.")
+    for given in paths:
+        path = as_path(given, "the name of an image file or a folder")
+        if os.path.isdir(path):  # which raises nothing, however long the name is
             passed: list[str] = []
             inside = sorted(_inside(path, frozenset(), passed))
             if passed:
@@ -92,7 +98,7 @@ def find_images(paths: Iterable[str | Path]) -> list[Path]:
                     f"Expected images in the folder {str(path)!r}, got none of {', '.join(sorted(SUFFIXES))}."
                 )
             found.update(dict.fromkeys(inside))
-        elif path.is_file():
+        elif os.path.isfile(path):
             found[path] = None
         else:
             raise _dead_link(path) or FileError(
@@ -135,7 +141,7 @@ def _inside(folder: Path, above: frozenset[Path], passed: list[str]) -> Iterator
 
 def _dead_link(path: Path) -> FileError | None:
     """What is wrong with a link that leads to nothing; None if it leads to something, or if there is no link."""
-    if not path.is_symlink() or path.exists():
+    if not os.path.islink(path) or os.path.exists(path):
         return None
     return FileError(
         f"{str(path)!r} is a link to {os.readlink(path)!r}, which cannot be found. Mend the link, or remove it."
@@ -148,7 +154,8 @@ def open_image(path: str | Path) -> Image.Image:
     Raises:
         FileError: the file cannot be read as an image.
     """
-    if dead := _dead_link(Path(path)):
+    path = as_path(path, "the name of an image file")
+    if dead := _dead_link(path):
         raise dead
     try:
         with Image.open(path) as opened:

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 
 from attrbox.compare import MethodLike
 from attrbox.errors import FileError, InputError, ModelError, TargetError, shown
+from attrbox.files import as_path
 from attrbox.growing import Flags, Growing, Layout, Output, known_targets
 from attrbox.guard import check_model
 from attrbox.hdf5 import Compression, DType, check_storage, options_in, plain
@@ -155,7 +156,7 @@ def export(
         AttrboxError: as for `attrbox.compare`.
     """
     began = time.perf_counter()
-    path = Path(path)
+    path = as_path(path, "the name of the file to write")
     chosen = choose(registry, methods)
     _check(chosen, dtype, compression, channels, batch_size, workers, target)
     loaded = model if isinstance(model, LoadedModel) else None

@@ -6,7 +6,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from attrbox.errors import AttrboxError, FileError
+from attrbox.errors import AttrboxError, FileError, shown
+
+
+def as_path(path: object, what: str = "the name of a file") -> Path:
+    """Return `path` as a Path, if it can be one.
+
+    Raises:
+        FileError: it is something else than a text or a path, is empty, or has a NUL in it.
+    """
+    try:
+        text = os.fspath(path) if isinstance(path, str | os.PathLike) else None
+    except TypeError:  # of a class of its own
+        text = None
+    if not isinstance(text, str) or not text.strip() or "\0" in text:
+        raise FileError(f"Expected {what} as a text or a pathlib.Path, such as 'maps.h5', got {shown(path)}.")
+    return Path(text)
 
 
 @contextmanager
@@ -21,7 +36,7 @@ def whole_file(path: str | Path, overwrite: bool = True, locked: bool = False) -
     Raises:
         FileError: the file exists and may not be replaced, is a folder, or cannot be written.
     """
-    path = Path(path)
+    path = as_path(path)
     part = path.with_name(f".attrbox-{path.name if locked else uuid.uuid4().hex}.part")
     try:
         if path.exists() and not path.is_file():

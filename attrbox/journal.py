@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from attrbox.errors import BusyError, FileError
-from attrbox.files import settle, whole_file
+from attrbox.files import as_path, settle, whole_file
 
 if sys.platform != "win32":
     import fcntl
@@ -45,7 +45,7 @@ class Journal:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = as_path(path)
         self._file = _lock(self.path)
 
     def write(self, size: int, pages: Mapping[int, bytes]) -> None:
@@ -275,7 +275,7 @@ def is_being_written(path: str | Path) -> bool:
 
 def journal_of(path: str | Path) -> Path:
     """Where the journal of a file is."""
-    path = Path(path)
+    path = as_path(path)
     return path.with_name(path.name + ".journal")
 
 

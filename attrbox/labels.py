@@ -18,6 +18,7 @@ import torchvision
 from torch.utils.data import ConcatDataset, Subset
 
 from attrbox.errors import FileError, InputError, TargetError, UnknownNameError, nearest
+from attrbox.files import as_path
 
 _SYNSETS = Path(__file__).with_name("imagenet_synsets.txt")
 _WORDNET_ID = re.compile(r"(n\d{8})(?![^\W_])")  # also n01514668_cock
@@ -208,6 +209,7 @@ def read_labels(path: str | Path) -> dict[str, str]:
         FileError: it cannot be read, has rows of another form, or labels a file twice.
     """
     table: dict[str, str] = {}
+    path = as_path(path, "the name of a table of labels")
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             for number, row in enumerate(csv.reader(file, strict=True), 1):

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from attrbox.errors import AttrboxError, FileError, InputError, UnknownNameError, near_miss
+from attrbox.files import as_path
 from attrbox.hdf5 import SCHEMA, options_in, provenance_in
 from attrbox.journal import recover
 from attrbox.labels import ClassNames
@@ -179,14 +180,14 @@ class MapsFile(Mapping[str, MethodMaps]):
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = as_path(path, "the name of a file of maps")
         self._file, self._owner = self._open(), os.getpid()
         self._opened: dict[str, h5py.Dataset] = {}
         self._done: dict[str, NDArray[np.bool_]] = {}
 
     def _open(self) -> h5py.File:
         path = str(self.path)
-        if not self.path.is_file():
+        if not os.path.isfile(path):  # which raises nothing, however long the name is
             raise FileError(f"Expected a file of maps, but there is no {path!r}.")
         recover(self.path)
         try:

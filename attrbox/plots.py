@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from attrbox.errors import FileError, InputError, OptionError, shown
-from attrbox.files import whole_file
+from attrbox.files import as_path, whole_file
 from attrbox.shapes import Attribution
 
 Array: TypeAlias = NDArray[np.floating[Any]]
@@ -168,7 +168,7 @@ def save_figure(figure: Figure, path: str | Path, png: Callable[[], bytes] | Non
         FileError: the suffix is of no format, or the file cannot be written.
     """
     kinds = figure.canvas.get_supported_filetypes()
-    kind = Path(path).suffix.removeprefix(".").lower()
+    kind = as_path(path, "the name of a figure").suffix.removeprefix(".").lower()
     if kind not in kinds:
         raise FileError(
             f"Expected the name of a figure to end in one of {', '.join(sorted(kinds))}, got {str(path)!r}."

@@ -10,7 +10,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from attrbox.errors import FileError
-from attrbox.files import whole_file
+from attrbox.files import as_path, whole_file
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], settings: Mapping[str, Any], kind: str) -> Path:
@@ -32,6 +32,7 @@ def read_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[s
     Raises:
         FileError: there is no such file, or it holds something else.
     """
+    path = as_path(path, f"the name of a file of {kind}")
     try:
         with safe_open(str(path), "pt") as file:
             about = file.metadata() or {}

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from attrbox.compare import check_images
 from attrbox.errors import FileError, InputError, OptionError, TrainingError
-from attrbox.files import whole_file
+from attrbox.files import as_path, whole_file
 from attrbox.hdf5 import dataset_name
 from attrbox.methods.base import check, check_flag
 from attrbox.metrics.curves import check_fill
@@ -175,8 +175,9 @@ def roar(
         OptionError: a share, a seed or the fill is out of range.
         FileError: the folder holds another experiment, or cannot be written.
     """
+    place = None if folder is None else as_path(folder, "the name of a folder")
     grid = _Grid(train_set, test_set, maps, tuple(fractions), tuple(seeds), fill, controls)
-    store = None if folder is None else _Store(Path(folder), grid.fingerprint())
+    store = None if place is None else _Store(place, grid.fingerprint())
     cells = []
     disable = None if progress else True  # None: shown on a terminal only
     for method, fraction, seed in tqdm(list(grid.cells()), desc="roar", unit="model", disable=disable):
