@@ -70,7 +70,7 @@ class MaskGenerator(ABC):
         return gaussian_blur(map, self.sigma * max(map.shape[-2:]))
 
 
-masks: Parts[MaskGenerator] = Parts("mask generator", "attrbox.masks")
+masks: Parts[MaskGenerator] = Parts("mask generator", "attrbox.masks", MaskGenerator)  # type: ignore[type-abstract]
 register_mask = masks.register
 
 

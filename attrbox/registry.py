@@ -5,13 +5,16 @@ records by naming an object in an entry-point group; it is loaded at the first l
 importing attrbox stays cheap.
 """
 
+import dataclasses
 import importlib.metadata
+import inspect
+import typing
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
-from attrbox.errors import DuplicateNameError, PluginWarning, UnknownNameError, near_miss
+from attrbox.errors import DuplicateNameError, OptionError, PluginWarning, UnknownNameError, near_miss, shown
 
 
 class Named(Protocol):
@@ -58,16 +61,34 @@ class Registry(Mapping[str, T], Generic[T]):
         """File a record.
 
         Raises:
+            OptionError: its name or one of its aliases is no text, or a blank one.
             DuplicateNameError: its name or one of its aliases is taken.
         """
-        keys = {key.casefold() for key in (record.name, *record.aliases)}
+        keys = self.check_names(record.name, record.aliases)
+        self._records[record.name] = record
+        self._keys.update(dict.fromkeys(keys, record.name))
+
+    def check_names(self, name: object, aliases: object = ()) -> set[str]:
+        """The keys of a record that may be filed under these names.
+
+        Raises:
+            OptionError, DuplicateNameError: as for `add`.
+        """
+        if not isinstance(aliases, tuple | list):
+            raise OptionError(f"Expected the aliases of the {self.kind} {name!r} as a tuple, got {shown(aliases)}.")
+        for text in (name, *aliases):
+            if not isinstance(text, str) or not text or text != text.strip() or not text.isprintable():
+                raise OptionError(
+                    f"Expected the name of a {self.kind} as a text that is not blank, without spaces around it, got "
+                    f"{shown(text)}."
+                )
+        keys = {key.casefold() for key in (name, *aliases)}
         for key in sorted(keys & self._keys.keys()):
             raise DuplicateNameError(
                 f"The {self.kind} name {key!r} is already taken by {self._records[self._keys[key]]!r}. "
                 "Choose another name."
             )
-        self._records[record.name] = record
-        self._keys.update(dict.fromkeys(keys, record.name))
+        return keys
 
     def remove(self, name: str) -> None:
         """Take a record out again (for interactive work and tests)."""
@@ -126,21 +147,97 @@ class Registry(Mapping[str, T], Generic[T]):
 
 
 class Parts(Registry[Part[C]], Generic[C]):
-    """Classes whose instances are parts of a method."""
+    """Classes whose instances are parts of a method; subclasses of `base`."""
 
-    def __init__(self, kind: str, group: str) -> None:
+    def __init__(self, kind: str, group: str, base: type[C]) -> None:
         super().__init__(kind, group)
+        self.base = base
         self.adopt = lambda name, loaded: self.register(name)(loaded)
 
     def register(self, name: str) -> Callable[[type[P]], type[P]]:
         """Class decorator: enter a class under the name that the method's option takes.
 
         Raises:
+            OptionError: the name is blank, or the class cannot be registered (`as_dataclass`).
             DuplicateNameError: the name is taken.
         """
 
         def enter(cls: type[P]) -> type[P]:
+            self.check_names(name)
+            as_dataclass(cls, self.base)
             self.add(Part(name, cls))  # type: ignore[arg-type]
             return cls
 
         return enter
+
+
+# ------------------------------------------------------------------------------------------ classes to be registered
+
+
+def as_dataclass(cls: Any, base: type) -> None:
+    """See that the options of a class to be registered are the fields of a frozen dataclass; make it one if it is none.
+
+    Raises:
+        OptionError: it is no subclass of `base`, or abstract, or cannot be built from its fields.
+    """
+    if not (isinstance(cls, type) and issubclass(cls, base)):
+        raise OptionError(f"Expected a subclass of attrbox.{base.__name__} to register, got {shown(cls)}.")
+    if missing := sorted(getattr(cls, "__abstractmethods__", ())):
+        raise OptionError(
+            f"The class {cls.__name__} is abstract: it lacks {', '.join(missing)}. Define this, or register a subclass "
+            "that does."
+        )
+    for parent in cls.__mro__[1:]:
+        if parent is not base and issubclass(parent, base) and (lost := _bare_options(parent, base)):
+            raise OptionError(
+                f"The class {cls.__name__} inherits {', '.join(lost)} from {parent.__name__}, which is no dataclass. "
+                f"Write @dataclass(frozen=True, kw_only=True) above {parent.__name__}."
+            )
+    if _bare_options(cls, base):
+        shared = {name: ClassVar[Any] for name in inspect.get_annotations(cls) if _is_of_the_base(name, base)}
+        cls.__annotations__ = inspect.get_annotations(cls) | shared
+        try:
+            dataclass(frozen=True, kw_only=True)(cls)
+        except (TypeError, ValueError) as error:
+            raise OptionError(
+                f"The options of {cls.__name__} cannot be told: {error}. Write them as fields of a dataclass, with "
+                "@dataclass(frozen=True, kw_only=True) above the class."
+            ) from error
+    if not getattr(cls, "__dataclass_params__", _FROZEN).frozen:
+        raise OptionError(f"The dataclass {cls.__name__} can change. Make it @dataclass(frozen=True, kw_only=True).")
+    fields = {field.name for field in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else set()
+    strays = [
+        parameter.name
+        for parameter in inspect.signature(cls).parameters.values()
+        if parameter.name not in fields and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    ]
+    if strays:
+        raise OptionError(
+            f"{cls.__name__}.__init__ takes {', '.join(strays)}, which are no fields. Options are the fields of a "
+            "dataclass: write @dataclass(frozen=True, kw_only=True) above the class, one annotated field for each "
+            "option, and checks into __post_init__."
+        )
+
+
+_FROZEN = dataclasses.make_dataclass("_Frozen", (), frozen=True).__dataclass_params__  # type: ignore[attr-defined]
+
+
+def _bare_options(cls: type, base: type) -> list[str]:
+    """What is written like an option in a class that is no dataclass."""
+    if "__dataclass_params__" in vars(cls):
+        return []
+    annotated = [name for name, kind in inspect.get_annotations(cls).items() if not _is_shared(kind)]
+    fields = [name for name, value in vars(cls).items() if isinstance(value, dataclasses.Field)]
+    return [name for name in dict.fromkeys([*annotated, *fields]) if not _is_of_the_base(name, base)]
+
+
+def _is_of_the_base(name: str, base: type) -> bool:
+    """Whether the base class has an attribute of this name, which is no option."""
+    return hasattr(base, name) and name not in getattr(base, "__dataclass_fields__", {})
+
+
+def _is_shared(annotation: Any) -> bool:
+    """Whether it says ClassVar."""
+    if isinstance(annotation, str):
+        return "ClassVar" in annotation
+    return annotation is ClassVar or typing.get_origin(annotation) is ClassVar

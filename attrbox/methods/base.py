@@ -27,7 +27,7 @@ from attrbox.dense import dense
 from attrbox.engine.site import Rule
 from attrbox.errors import OptionError, shown
 from attrbox.perturbations import FILLS
-from attrbox.registry import Registry
+from attrbox.registry import Registry, as_dataclass
 from attrbox.shapes import ChannelReduction, Coverage
 
 if TYPE_CHECKING:
@@ -121,8 +121,17 @@ class OptionInfo:
 
 def option_infos(cls: type) -> tuple[OptionInfo, ...]:
     """The options of a dataclass: its fields."""
-    fields = dataclasses.fields(cls)
-    return tuple(OptionInfo(f.name, f.default, str(f.metadata.get("help", ""))) for f in fields if f.init)
+    return tuple(
+        OptionInfo(field.name, _default(field), str(field.metadata.get("help", "")))
+        for field in (dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ())
+        if field.init
+    )
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return REQUIRED if field.default is dataclasses.MISSING else field.default
 
 
 B = TypeVar("B")
@@ -270,10 +279,13 @@ def register_method(
             options that are given win over it.
 
     Raises:
+        OptionError: a name is blank, or the class is none that can be registered (`attrbox.registry.as_dataclass`).
         DuplicateNameError: the name or an alias is taken.
     """
 
     def enter(cls: M) -> M:
+        methods.check_names(name, aliases)
+        as_dataclass(cls, Method)
         known = presets or {}
 
         def from_preset(**given: Any) -> Method:

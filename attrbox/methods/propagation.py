@@ -13,10 +13,10 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from attrbox.engine.site import KINDS, LAYERS, Rule
-from attrbox.errors import OptionError, shown
-from attrbox.methods.base import Method, MethodSpec, OptionInfo, check_baseline, check_flag, methods
+from attrbox.errors import OptionError
+from attrbox.methods.base import Method, MethodSpec, OptionInfo, check_baseline, check_flag, methods, option_infos
 from attrbox.methods.run import Run
-from attrbox.registry import Registry
+from attrbox.registry import Registry, as_dataclass
 from attrbox.rules.deeplift import DeepLift
 from attrbox.rules.guided import Deconvnet, GuidedBackprop
 from attrbox.rules.lrp import LRPEpsilon
@@ -98,20 +98,26 @@ def register_rule(
 
     Raises:
         DuplicateNameError: the name is taken by another rule or method.
-        OptionError: the class is no rule, or declares kinds or needs that do not exist.
+        OptionError: a name is blank; the class is none that can be registered (`attrbox.registry.as_dataclass`), or
+            declares kinds or needs that do not exist.
     """
 
     def enter(cls: R) -> R:
-        if not (isinstance(cls, type) and issubclass(cls, Rule)):
-            raise OptionError(f"Expected a subclass of attrbox.Rule, got {shown(cls)}.")
+        rules.check_names(name, aliases)
+        methods.check_names(name, aliases)
+        as_dataclass(cls, Rule)
         for what, declared, known in (("kinds", cls.kinds, KINDS | LAYERS), ("needs", cls.needs, _NEEDS)):
             if not set(declared) <= known:
                 raise OptionError(
                     f"The rule {cls.__name__} declares {what} {sorted(set(declared) - known)}, but there are only "
                     f"{sorted(known)}."
                 )
-        own: tuple[dataclasses.Field[Any], ...] = dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ()
         compares = "reference" in cls.needs
+        own = {info.name for info in option_infos(cls)}
+        if taken := sorted(own & {"times_input", "absolute", "baseline"}):
+            raise OptionError(
+                f"The rule {cls.__name__} has {', '.join(taken)}, an option that its method has. Rename it."
+            )
 
         def build(
             times_input: bool = times_input, absolute: bool = False, baseline: Any = 0.0, **options: Any
@@ -120,7 +126,7 @@ def register_rule(
                 rule=cls(**options), times_input=times_input, absolute=absolute, baseline=baseline, sums_to=sums_to
             )
 
-        options = [OptionInfo(f.name, f.default, (help or {}).get(f.name, "")) for f in own]
+        options = [dataclasses.replace(info, help=(help or {}).get(info.name, info.help)) for info in option_infos(cls)]
         options.append(OptionInfo("times_input", times_input, "multiply the propagated gradient by the input"))
         options.append(OptionInfo("absolute", False, "absolute values instead of signed ones"))
         if compares:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, TypeVar
 from torch import Tensor
 
 from attrbox.methods.base import Spec, option_infos
-from attrbox.registry import Registry
+from attrbox.registry import Registry, as_dataclass
 
 if TYPE_CHECKING:
     from attrbox.metrics.sources import Source
@@ -122,10 +122,13 @@ def register_metric(
         aliases: other names.
 
     Raises:
+        OptionError: a name is blank, or the class is none that can be registered (`attrbox.registry.as_dataclass`).
         DuplicateNameError: the name or an alias is taken.
     """
 
     def enter(cls: M) -> M:
+        metrics.check_names(name, aliases)
+        as_dataclass(cls, Metric)
         metrics.add(MetricSpec(name, cls, summary, reference, option_infos(cls), aliases, better, cls.needs))
         return cls
 

@@ -44,7 +44,7 @@ class Plugin(ABC):
         return grad_output * self.multiplier(parameters, difference)
 
 
-plugins: Parts[Plugin] = Parts("plugin", "attrbox.plugins")
+plugins: Parts[Plugin] = Parts("plugin", "attrbox.plugins", Plugin)  # type: ignore[type-abstract]
 register_plugin = plugins.register
 
 
