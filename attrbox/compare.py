@@ -116,7 +116,7 @@ def compare(
     Args:
         model, images, target, seed, batch_size, precision, channels_last, progress, strict: as for `explain`.
         methods: names, or pairs of a name and its options. A name that comes twice is told apart by its
-            options, as in "integrated_gradients(steps=100)".
+            options, as in "integrated_gradients(steps=100)", or else by a number, as in "saliency #2".
 
     Returns:
         A mapping from those names to `Attribution`s, with timings, a figure and an HDF5 file on demand.

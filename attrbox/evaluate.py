@@ -71,7 +71,7 @@ def evaluate(
         maps: a `Comparison`, a file of maps that is open for reading (`attrbox.open_maps`, or `h5py.File`), or a
             mapping from names to maps [N, H, W], [N, 1, H, W] or [N, C, H, W].
         metrics: names of `list_metrics()`, or pairs of a name and options. A name that comes twice is told apart by its
-            options, as in "morf(fill=blur)".
+            options, as in "morf(fill=blur)", or else by a number, as in "morf #2".
         target: the explained class, one or for each image, or a function. Default: what the maps say, else each image's
             largest output.
         masks: object masks, of the images' size, [N, H, W], or each of its photograph's size, [h, w]; what is not zero

@@ -117,11 +117,6 @@ def test_lists_of_methods(methods):
         attrbox.compare(relu_net(), X, methods, progress=False)
 
 
-def test_the_same_method_twice():
-    with pytest.raises(OptionError, match="twice"):
-        attrbox.compare(relu_net(), X, ["IG", "IG", "integrated_gradients"], progress=False)
-
-
 def test_one_wrong_method_among_many_stops_before_any_work():
     calls = []
     model = relu_net()

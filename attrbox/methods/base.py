@@ -14,6 +14,7 @@ ask for the same one share it.
 
 import dataclasses
 import difflib
+import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -155,6 +156,10 @@ class Spec(Generic[B]):
         """The options without which it cannot be built."""
         return tuple(info.name for info in self.options if info.default is REQUIRED)
 
+    def settings(self, built: B) -> dict[str, Any]:
+        """The value of each option of what `create` made."""
+        return {info.name: getattr(built, info.name) for info in self.options}
+
     def create(self, options: Mapping[str, Any]) -> B:
         """The method, or whatever it is, with these options.
 
@@ -201,10 +206,9 @@ class MethodSpec(Spec[Method]):
         """Whether it can be asked for without knowing the model, and without options."""
         return not (self.required or self.only_for)
 
-    def settings(self, method: Method) -> dict[str, Any]:
-        """The value of each option of a method that `create` made."""
-        rule = getattr(method, "rule", None)  # a rule's own options are those of the method too
-        return {info.name: getattr(method, info.name, getattr(rule, info.name, None)) for info in self.options}
+    def settings(self, built: Method) -> dict[str, Any]:
+        rule = getattr(built, "rule", None)  # a rule's own options are those of the method too
+        return {info.name: getattr(built, info.name, getattr(rule, info.name, None)) for info in self.options}
 
 
 S = TypeVar("S", bound=Spec[Any])
@@ -213,10 +217,11 @@ S = TypeVar("S", bound=Spec[Any])
 def choose(registry: Registry[S], entries: Sequence["str | tuple[str, Mapping[str, Any]]"]) -> dict[str, tuple[S, Any]]:
     """What is asked for by name, or by name and options: label -> the record and what it builds.
 
-    A name that comes twice is told apart by its options, as in "integrated_gradients(steps=100)".
+    A name that comes twice is told apart by its options, as in "integrated_gradients(steps=100)", and where these are
+    the same, too, by a number, as in "saliency #2".
 
     Raises:
-        OptionError: nothing is asked for, or the same twice, or with options that do not fit.
+        OptionError: nothing is asked for, or with options that do not fit.
         UnknownNameError: there is nothing of that name.
     """
     if isinstance(entries, str) or not entries:
@@ -227,13 +232,33 @@ def choose(registry: Registry[S], entries: Sequence["str | tuple[str, Mapping[st
     for entry in entries:
         name, options = (entry, {}) if isinstance(entry, str) else _pair(registry.kind, entry)
         spec = registry[name]
-        label = spec.name
+        made = spec.create(options)
+        settings = spec.settings(made)
+        others = {label: spec.settings(built) for label, (known, built) in chosen.items() if known is spec}
+        label = next((other for other, there in others.items() if not _differing(settings, there)), spec.name)
+        if others and label == spec.name and (other := _differing(settings, others[label])):
+            told = {key: settings.get(key, value) for key, value in (options or other).items()}
+            label = f"{label}({', '.join(f'{key}={_short(value)}' for key, value in told.items())})"
         if label in chosen:
-            label = f"{label}({', '.join(f'{key}={_short(value)}' for key, value in options.items())})"
-        if label in chosen:
-            raise OptionError(f"The {registry.kind} {label!r} is listed twice with the same options.")
-        chosen[label] = (spec, spec.create(options))
+            label = next(numbered for n in itertools.count(2) if (numbered := f"{label} #{n}") not in chosen)
+        chosen[label] = (spec, made)
     return chosen
+
+
+def _differing(settings: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that are not the same in both."""
+    return {name: value for name, value in settings.items() if not _same(value, others[name])}
+
+
+def _same(one: Any, other: Any) -> bool:
+    if one is other:
+        return True
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.device == other.device and one.dtype == other.dtype and torch.equal(one, other)
+    try:
+        return type(one) is type(other) and bool(one == other)
+    except Exception:  # objects of all sorts, such as arrays
+        return False
 
 
 def _pair(kind: str, entry: object) -> tuple[str, Mapping[str, Any]]:

@@ -99,10 +99,6 @@ class MetricSpec(Spec[Metric]):
     better: Direction = "higher"
     needs: frozenset[Need] = frozenset()
 
-    def settings(self, metric: Metric) -> dict[str, Any]:
-        """The value of each option of a metric that `create` made."""
-        return {info.name: getattr(metric, info.name) for info in self.options}
-
 
 metrics: Registry[MetricSpec] = Registry("metric", "attrbox.metrics")
 
