@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from nets import images
 from torch import Tensor, nn
 
@@ -47,3 +48,114 @@ def test_not_in_a_branch_that_the_scores_do_not_depend_on(method: str, use: str,
     torch.testing.assert_close(attrbox.explain(net(use), X, method, **options).values, wanted)
     beside = attrbox.compare(net(use), X, ["deeplift", method, "saliency"], **options)[method].values
     torch.testing.assert_close(beside, wanted)
+
+
+class Joined(nn.Module):
+    """Two heads of convolutions behind one trunk, their classes in one output: 0 and 1 of the first, 2 to 4 of both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.ReLU())
+        self.near = nn.Sequential(nn.Conv2d(6, 4, 3, padding=1), nn.Sigmoid())
+        self.far = nn.Sequential(nn.Conv2d(6, 5, 3, stride=2), nn.Sigmoid())
+        self.first, self.second = nn.Linear(4, 2), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.trunk(x)
+        first, second = self.first(self.near(x).mean((2, 3))), self.second(self.far(x).mean((2, 3)))
+        return torch.cat([first, second], 1)
+
+
+@pytest.mark.parametrize("size", [None, 1])
+@pytest.mark.parametrize("method", CAM)
+def test_heads_joined_to_one_output(method: str, size: int | None) -> None:
+    torch.manual_seed(0)
+    model = Joined().double().eval()
+    layers = {0: "near.1", 1: "near.1", 3: "far.1"}
+    explained = lambda k: attrbox.explain(model, X, method, target=k, layer=layers[k], progress=False)  # noqa: E731
+    alone = {k: explained(k).values for k in layers}
+    for targets in ([0, 3], [3, 1], [0, 1], [3, 3]):
+        maps = attrbox.explain(model, X, method, target=targets, batch_size=size, progress=False).values
+        torch.testing.assert_close(maps, torch.stack([alone[k][i] for i, k in enumerate(targets)]))
+    maps = attrbox.explain(model, X, method, target=attrbox.classes([3, 0]), progress=False).values
+    torch.testing.assert_close(maps, torch.stack([alone[3], alone[0]], 1))
+    if method == "grad_cam":
+        assert all(values.abs().sum() > 0 for values in alone.values())
+
+
+class Patches(nn.Module):
+    """A patch embedding by a linear layer, and blocks on tokens: [n, T, C], [n, h, w, C] or [n, C, T] with Conv1d."""
+
+    def __init__(self, layout: str, prefix: int = 0) -> None:
+        super().__init__()
+        self.layout, self.prefix = layout, prefix
+        self.embed, self.norm = nn.Linear(3 * 16, 12), nn.LayerNorm(12)
+        self.up, self.down, self.mix = nn.Linear(12, 24), nn.Linear(24, 12), nn.Conv1d(12, 12, 3, padding=1)
+        self.token, self.head = nn.Parameter(torch.zeros(1, prefix, 12)), nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.unflatten(3, (-1, 4)).unflatten(2, (-1, 4)).permute(0, 2, 4, 1, 3, 5).flatten(3)  # [n, h, w, 48]
+        if self.layout != "grid":
+            x = x.flatten(1, 2)
+        x = self.embed(x)
+        if self.prefix:
+            x = torch.cat([self.token.expand(len(x), -1, -1), x], 1)
+        x = x + self.down(F.gelu(self.up(self.norm(x))))
+        if self.layout == "convolved":
+            x = x + self.mix(x.mT).mT
+        self.seen = x
+        x = x[:, self.prefix :]
+        return self.head(x.mean(tuple(range(1, x.dim() - 1))))
+
+
+@pytest.mark.parametrize(("layout", "prefix"), [("tokens", 0), ("tokens", 1), ("grid", 0), ("convolved", 0)])
+def test_linear_patch_embeddings(layout: str, prefix: int) -> None:
+    torch.manual_seed(0)
+    model, x = Patches(layout, prefix).double().eval(), images(2, 3, 16, 24)
+    maps = attrbox.explain(model, x, "grad_cam", target=1, interpolation="nearest", relu=False, progress=False).values
+    model(x)
+    tokens = model.seen.flatten(1, -2)[:, prefix:]
+    weights = model.head.weight[1] / tokens.shape[1]  # the mean gradient of each channel
+    grid = (tokens @ weights).view(2, 1, 4, 6)
+    torch.testing.assert_close(maps, F.interpolate(grid, (16, 24), mode="nearest").detach())
+
+
+class Sequence(nn.Module):
+    """Flattens an image and convolves it along one axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv1d(3, 4, 3), nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.conv(x.flatten(2)).relu().mean(2))
+
+
+def test_what_ran_is_said_where_there_is_no_map() -> None:
+    with pytest.raises(attrbox.errors.OptionError, match="1 convolutions ran, but none with an output of 2 axes"):
+        attrbox.explain(Sequence().double().eval(), X, "grad_cam", progress=False)
+    with pytest.raises(attrbox.errors.OptionError, match="no axes of pixels"):
+        attrbox.explain(nn.Linear(4, 2).double().eval(), images(2, 4), "grad_cam", progress=False)
+    dense = nn.Sequential(nn.Flatten(), nn.Linear(768, 5)).double().eval()
+    with pytest.raises(attrbox.errors.OptionError, match="neither a convolution nor a linear layer on square patches"):
+        attrbox.explain(dense, X, "grad_cam", progress=False)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_under_checkpointing(reentrant: bool) -> None:
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = net("nothing")
+
+        def forward(self, x: Tensor) -> Tensor:
+            body = torch.utils.checkpoint.checkpoint(self.inner.body, x, use_reentrant=reentrant)
+            return self.inner.head(body.mean((2, 3)))
+
+    wanted = attrbox.explain(net("nothing"), X, "grad_cam", target=1, progress=False).values
+    if reentrant:
+        with pytest.raises(attrbox.errors.UnsupportedModelError, match="checkpointing"):
+            attrbox.explain(Checkpointed().eval(), X, "grad_cam", target=1, progress=False)
+    else:
+        got = attrbox.explain(Checkpointed().eval(), X, "grad_cam", target=1, progress=False).values
+        torch.testing.assert_close(got, wanted)

@@ -2,15 +2,17 @@
 
 Convolutional networks keep [n, C, h, w]. Transformers lay a grid out as tokens [n, prefix + h w, C], the prefix being
 class and register tokens, or keep channels last, [n, h, w, C]. `Follower` starts from the last convolution (of a
-transformer: the patch embedding) and knows the grid again in what comes after it by its sizes.
+transformer: the patch embedding, which may be a linear layer on patches) and knows the grid again in what comes after
+it by its sizes.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class Grid:
     Attributes:
         size: (h, w), or as many axes as there are.
         prefix: tokens before those of the grid; None if the activation has no tokens.
-        last: whether the channels are the last axis of an activation without tokens.
+        last: whether the channels are the last axis.
     """
 
     size: tuple[int, ...]
@@ -29,10 +31,8 @@ class Grid:
 
     def spatial(self, activation: Tensor) -> Tensor:
         """An activation of this layout as [n, C, h, w]."""
-        if self.prefix is not None:
-            tokens = activation[:, self.prefix :].transpose(1, 2)
-            return tokens.reshape(*tokens.shape[:2], *self.size)
-        return activation.movedim(-1, 1) if self.last else activation
+        first = activation.movedim(-1, 1) if self.last else activation
+        return first if self.prefix is None else first[..., self.prefix :].reshape(*first.shape[:2], *self.size)
 
 
 CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d"})
@@ -43,46 +43,71 @@ _MOST_PREFIXES = 16
 
 
 class Follower:
-    """Follows the last spatial feature map through a forward pass of `count` images.
+    """Follows the last spatial feature map through a forward pass of some images.
 
     Of tokens with a prefix, which is what such models classify by, the map is the one before the last attention: behind
     it nothing of the others reaches the class token any more.
 
     Attributes:
-        nodes: of the autograd graph, one for each feature map that was the last one for a while.
+        edges: of the autograd graph, one for each feature map that was the last one for a while.
+        convolutions: how many ran, with a feature map or without.
     """
 
-    def __init__(self, count: int, most: int | None = None) -> None:
-        """Follow `count` images; stop at the first `most` feature maps, if given."""
-        self.count = count
+    def __init__(self, shape: Sequence[int], most: int | None = None) -> None:
+        """Follow images of this shape, [n, C, H, W]; stop at the first `most` feature maps, if given."""
+        self.count, self.size = shape[0], tuple(shape[2:])
         self.most = most
-        self.nodes: list[Any] = []
+        self.edges: list[GradientEdge] = []
+        self.convolutions = 0
         self.found: tuple[Tensor, Grid] | None = None
         self._before_attention: tuple[Tensor, Grid] | None = None
 
     def see(self, name: str, result: Tensor) -> None:
         """An operation of this name made an activation."""
-        if len(self.nodes) == self.most:
+        self.convolutions += name in CONVOLUTIONS
+        if len(self.edges) == self.most:
             return
-        if name in CONVOLUTIONS:
-            if result.dim() >= 3 and max(result.shape[2:]) > 1:
+        if name in CONVOLUTIONS and result.dim() == 2 + len(self.size):
+            if max(result.shape[2:]) > 1:
                 self._take(result, Grid(tuple(result.shape[2:])))
                 self._before_attention = None
             return
         if self.found is None:
+            patches = self._patches(result) if name == "linear" else None
+            if patches is not None:
+                self._take(result, patches)
             return
         if name in _ATTENTION:
             self._before_attention = self.found
         grid = self.grid_of(result)
-        if grid is None and name == "linear" and self.found[1].last and result.dim() == self.found[0].dim():
+        if grid is None and name == "linear" and self._whole and result.dim() == self.found[0].dim():
             grid = Grid(tuple(result.shape[1:-1]), last=True)  # neighbours merged
-        if grid is None or "pool" in name or (grid.prefix is not None and name not in _STREAM):
+        if grid is None or "pool" in name or (grid.prefix is not None and name not in _STREAM | CONVOLUTIONS):
             return
         self._take(result, grid)
 
     def _take(self, result: Tensor, grid: Grid) -> None:
         self.found = (result, grid)
-        self.nodes.append(result.grad_fn)
+        self.edges.append(get_gradient_edge(result))
+
+    @property
+    def _whole(self) -> bool:
+        """Whether the last map has its channels behind axes of its own."""
+        return self.found is not None and self.found[1].last and self.found[1].prefix is None
+
+    def _patches(self, result: Tensor) -> Grid | None:
+        """The grid of a linear patch embedding, of square patches without overlap; None if it is none."""
+        if len(result) != self.count or not self.size or result.dim() < 3:
+            return None
+        if result.dim() == 2 + len(self.size):
+            edges = {size / patches for size, patches in zip(self.size, result.shape[1:-1], strict=True)}
+            fits = len(edges) == 1 and edges.pop().is_integer()
+            return Grid(tuple(result.shape[1:-1]), last=True) if fits and max(result.shape[1:-1]) > 1 else None
+        tokens = result.shape[1]
+        edge = round((math.prod(self.size) / tokens) ** (1 / len(self.size)))
+        grid = tuple(size // edge for size in self.size) if edge and not any(size % edge for size in self.size) else ()
+        fits = result.dim() == 3 and math.prod(grid) == tokens > 1 and bool(grid)
+        return Grid(grid, 0, last=True) if fits else None
 
     def grid_of(self, activation: Tensor) -> Grid | None:
         """How an activation is laid out, by its sizes; None if the grid is not to be found in it."""
@@ -93,9 +118,11 @@ class Follower:
             return Grid(size)
         if tuple(activation.shape[1:-1]) == size:
             return Grid(size, last=True)
-        prefix = activation.shape[1] - math.prod(size)
-        if activation.dim() == 3 and 0 <= prefix <= _MOST_PREFIXES:
-            return Grid(size, prefix)
+        if activation.dim() == 3:
+            for axis, last in ((1, True), (2, False)):
+                prefix = activation.shape[axis] - math.prod(size)
+                if 0 <= prefix <= _MOST_PREFIXES:
+                    return Grid(size, prefix, last)
         return None
 
     @property
@@ -106,16 +133,27 @@ class Follower:
         return self.found
 
 
-def last_on_the_way(nodes: list[Any], scores: Iterable[Tensor]) -> int:
-    """How many of the nodes there are up to the last one from which every score comes; all of them if there is none."""
-    reached = [_behind(score.grad_fn) for score in scores]
-    places = [place for place, node in enumerate(nodes, 1) if all(node in behind for behind in reached)]
-    return places[-1] if places else len(nodes)
+def on_the_way(edges: Sequence[GradientEdge], score: Tensor) -> list[int]:
+    """Which of the edges a score comes from, as numbers from 1."""
+    behind = _behind(score.grad_fn)
+    return [place for place, edge in enumerate(edges, 1) if edge.node in behind]
 
 
-def _behind(node: Any) -> set[Any]:
-    """All nodes of the autograd graph that a node comes from, and itself."""
-    found: set[Any] = set()
+def last_on_the_way(edges: Sequence[GradientEdge], scores: Iterable[Tensor]) -> int:
+    """How many of the edges there are up to the last one from which every score comes; all of them if there is none."""
+    common = set.intersection(*(set(on_the_way(edges, score)) for score in scores))
+    return max(common, default=len(edges))
+
+
+def ways_around(edges: Sequence[GradientEdge], score: Tensor) -> bool:
+    """Whether a score comes from one of the edges by another way than through the last."""
+    behind = _behind(score.grad_fn, without=edges[-1].node)
+    return any(edge.node in behind for edge in edges[:-1] if edge.node is not edges[-1].node)
+
+
+def _behind(node: Any, without: Any = None) -> set[Any]:
+    """All nodes of the autograd graph that a node comes from, and itself; not those behind `without` alone."""
+    found: set[Any] = {without}
     todo = [node]
     while todo:
         one = todo.pop()

@@ -36,13 +36,26 @@ class LinearMap:
     scaled: "Callable[[Tensor], LinearMap] | None" = None
 
 
+def own(result: Tensor, *inputs: Tensor) -> Tensor:
+    """A result that the model may write over, although autograd lets nobody write over a view that a function returned.
+
+    Kernels return views of fresh memory, which are made plain tensors; a view of an input is copied.
+    """
+    if not result._is_view():
+        return result
+    memory = result.untyped_storage()._cdata
+    if any(memory == tensor.untyped_storage()._cdata for tensor in inputs):
+        return result.clone()
+    return cast(Tensor, aten._unsafe_view(result, result.shape))
+
+
 class LinearMapFunction(torch.autograd.Function):
     """y = run(x), of which `linear` is the linear part."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, run: Map, linear: LinearMap) -> Tensor:
         ctx.linear = linear
-        return run(x)
+        return own(run(x), x)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
@@ -27,7 +28,7 @@ from attrbox.engine.decompositions import parts_of
 from attrbox.engine.folding import Unfolded
 from attrbox.engine.grids import CONVOLUTIONS, Follower, Grid
 from attrbox.engine.layers import Pairs, layer_of, with_batch_norm
-from attrbox.engine.linear import LinearCalls
+from attrbox.engine.linear import LinearCalls, own
 from attrbox.engine.linearity import flat, is_activation, is_decision, is_linear, name_of
 from attrbox.engine.operation import Operation, Parts
 from attrbox.engine.operations import interpret
@@ -142,8 +143,8 @@ class _SiteFunction(torch.autograd.Function):
         output = result[0] if isinstance(result, tuple) else result
         if operation.in_place:
             ctx.mark_dirty(inputs[0])
-        elif isinstance(result, Tensor) and result._is_view():  # autograd lets nobody write into it: instance_norm
-            result = output = result.clone()
+        elif isinstance(result, Tensor):
+            result = output = own(result, *inputs)
         if isinstance(result, tuple):
             ctx.mark_non_differentiable(*result[1:])
         ctx.replaying, ctx.site = replaying, site
@@ -174,7 +175,7 @@ class Recorder(TorchFunctionMode):
         copies: frozenset[int],
         reference: bool = False,
         twice: bool = False,
-        count: int = 1,
+        shape: Sequence[int] = (1,),
         maps: int | None = None,
     ) -> None:
         super().__init__()
@@ -186,7 +187,7 @@ class Recorder(TorchFunctionMode):
         self.needs = needs
         self.feature_maps: dict[str | None, Tensor] = {}
         self.grids: dict[str | None, Grid] = {}
-        self._follower = Follower(count, maps) if layers else None
+        self._follower = Follower(shape, maps) if layers else None
         self._inside = 0  # of functions that are run part by part
         self.replaying = Replaying()
         self.kept: list[tuple[Tensor, ...] | None] = []  # inputs at the sites, in a reference recording
@@ -380,9 +381,9 @@ class Recorder(TorchFunctionMode):
         self.unknown.append(self._here(name_of(function)))
 
     @property
-    def map_nodes(self) -> list[Any]:
-        """See `Follower.nodes`."""
-        return self._follower.nodes if self._follower is not None else []
+    def map_edges(self) -> list[GradientEdge]:
+        """See `Follower.edges`."""
+        return self._follower.edges if self._follower is not None else []
 
     def finish(self, output: Any) -> None:
         """After the forward pass: what went past the function mode, and layers that did not run.
@@ -390,6 +391,8 @@ class Recorder(TorchFunctionMode):
         Raises:
             OptionError: a wanted layer does not exist, did not run, or has no feature map.
         """
+        returned = list(tensors(output))
+        custom = _custom_functions(returned)
         last = self._follower.last if self._follower is not None else None
         if None in self.layers and last is not None:
             self.feature_maps[None], self.grids[None] = last
@@ -397,10 +400,7 @@ class Recorder(TorchFunctionMode):
             if layer in self.feature_maps:
                 continue
             if layer is None:
-                raise OptionError(
-                    "The model has no spatial feature map: no convolution with an output larger than one pixel ran. "
-                    "Grad-CAM needs one; name it by layer=..., or use another method."
-                )
+                raise checkpointed() if "CheckpointFunction" in custom else self._no_map()
             near = [name for name in self._names.values() if name]
             if layer not in near:
                 raise OptionError(f"The model has no layer {layer!r}. {near_miss(layer, near)}")
@@ -408,9 +408,24 @@ class Recorder(TorchFunctionMode):
         layers = [site for site in self.sites if site.kind in LAYERS]
         if layers:
             layers[-1].options["last"] = True
-        returned = list(tensors(output))
         self._pairs.used(returned)
-        self.unknown.extend(map(self._here, _custom_functions(returned)))
+        self.unknown.extend(map(self._here, custom))
+
+    def _no_map(self) -> OptionError:
+        """The refusal of models without a feature map, by what ran."""
+        follower = self._follower
+        assert follower is not None
+        axes = len(follower.size)
+        if not axes:
+            why = "its inputs have no axes of pixels"
+        elif follower.convolutions:
+            why = f"{follower.convolutions} convolutions ran, but none with an output of {axes} axes of pixels"
+        else:
+            why = "neither a convolution nor a linear layer on square patches ran where the recorder sees it"
+        return OptionError(
+            f"The model has no spatial feature map: {why}. Grad-CAM needs one; name it by layer=..., or use another "
+            "method."
+        )
 
     # ------------------------------------------------------------------------------------------- module names
 
@@ -473,6 +488,8 @@ def forward(model: nn.Module, images: Tensor, recorder: Recorder | None = None) 
     except Exception as error:
         if is_out_of_memory(error):
             raise
+        if "is a view and is being modified inplace" in str(error):
+            raise written_over(error) from error
         raise ForwardError(
             f"The model raised {type(error).__name__} on images of shape {list(images.shape)}, {images.dtype}, on "
             f"{images.device}: {error}. Check that model(images) runs on its own (size, channels, dtype, device)."
@@ -490,6 +507,15 @@ def checkpointed() -> UnsupportedModelError:
     return UnsupportedModelError(
         "The model uses activation checkpointing, which runs parts of it again in the backward pass, where no rule "
         "sees them. Switch it off for explaining."
+    )
+
+
+def written_over(error: Exception) -> UnsupportedModelError:
+    """The refusal of models through which autograd finds no gradient, though they run without one."""
+    return UnsupportedModelError(
+        "The model writes in place over activations that a gradient needs, so it runs without gradients only: torch's "
+        f"autograd says {str(error).partition('. ')[0]!r}. Let it make a new tensor there (x = x + y for x += y, "
+        "x.relu() for x.relu_()), or use a method without gradients (occlusion, rise, lime, kernel_shap)."
     )
 
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
-from attrbox.engine.grids import Grid, last_on_the_way
-from attrbox.engine.recorder import Recorder, Reference, Replaying, checkpointed, forward
+from attrbox.engine.grids import Grid, last_on_the_way, on_the_way, ways_around
+from attrbox.engine.recorder import Recorder, Reference, Replaying, checkpointed, forward, written_over
 from attrbox.engine.site import LAYERS, Rule, Site
 from attrbox.errors import (
     ForwardError,
@@ -47,7 +47,7 @@ class Tape:
         self.layers_before: tuple[tuple[int, bool], ...] = tuple(recorder.layers_before) if recorder else ()
         self.feature_maps: dict[str | None, Tensor] = recorder.feature_maps if recorder else {}
         self.grids: dict[str | None, Grid] = recorder.grids if recorder else {}
-        self._map_nodes = recorder.map_nodes if recorder else []
+        self._map_edges = recorder.map_edges if recorder else []
         self._by_row = recorder is not None and recorder.by_row
         self._needs = recorder.needs if recorder else {}
         self._replaying = recorder.replaying if recorder else Replaying()
@@ -56,8 +56,22 @@ class Tape:
     def maps_on_the_way(self, scores: Sequence[Tensor]) -> int | None:
         """How many spatial feature maps to follow so that the last one lies on the way to all of these scores; None if
         it does, as it should where the model has no other heads or unused branches."""
-        wanted = last_on_the_way(self._map_nodes, scores)
-        return None if wanted == len(self._map_nodes) else wanted
+        wanted = last_on_the_way(self._map_edges, scores)
+        return None if wanted == len(self._map_edges) else wanted
+
+    def has_ways_around(self, scores: Sequence[Tensor]) -> bool:
+        """Whether a score comes from an earlier spatial feature map by another way than through the last."""
+        return any(ways_around(self._map_edges, score) for score in scores)
+
+    def last_map_with_gradient(self, score: Tensor) -> Tensor:
+        """The number, from 1, of the last spatial feature map at which each image's score has a gradient other than 0;
+        0 if there is none, [n]."""
+        found = torch.zeros(len(self.images), dtype=torch.int64, device=self.images.device)
+        places = on_the_way(self._map_edges, score)
+        for place, gradient in zip(places, self.replay(score, [self._map_edges[p - 1] for p in places]), strict=True):
+            if len(gradient) == len(found):
+                found = torch.where((gradient != 0).flatten(1).any(1), place, found)
+        return found
 
     def serves(self, rule: Rule | None) -> bool:
         """Whether all that the rule reads was kept, so that it can be replayed."""
@@ -152,6 +166,8 @@ class Tape:
         except RuntimeError as error:
             if "use_reentrant" in str(error):  # its reentrant variant and autograd.grad
                 raise checkpointed() from error
+            if "modified by an inplace operation" in str(error):
+                raise written_over(error) from error
             raise
         finally:
             self._replaying.rule = self._replaying.reference = None
@@ -205,7 +221,7 @@ def record(
     needs = _needs(asking)
     copies: frozenset[int] = frozenset()
     while True:
-        recorder = Recorder(model, needs, layers, copies, twice=twice, count=len(images), maps=maps)
+        recorder = Recorder(model, needs, layers, copies, twice=twice, shape=images.shape, maps=maps)
         output = forward(model, leaf.clone(), recorder)
         if not (stale := recorder.stale()):
             break

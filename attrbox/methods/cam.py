@@ -61,9 +61,19 @@ class _Cam(Upsampled):
     def layers(self) -> tuple[str | None, ...]:
         return (self.layer,)
 
-    def weighted(self, run: Run) -> Tensor:
+    def located(self, run: Run, relu: bool) -> Tensor:
+        """The map on the images' grid, [n, K, 1, H, W]."""
+        total: Tensor | None = None
+        for features, gradient, counts in run.feature_maps(self.layer):
+            map = self.weighted(features, gradient)
+            map = self.upsampled(run, map.relu() if relu else map)
+            chosen = counts.view(*counts.shape, *(1,) * (map.dim() - 2))
+            total = map if total is None else torch.where(chosen, map, total)
+        assert total is not None
+        return total
+
+    def weighted(self, features: Tensor, gradient: Tensor) -> Tensor:
         """sum_c w_c A_c on the layer's own grid, [n, K, h, w]."""
-        features, gradient = run.feature_map(self.layer)
         weights = self.weights(features, gradient)
         return torch.einsum("nkc,ncp->nkp", weights, features.flatten(2)).view(*weights.shape[:2], *features.shape[2:])
 
@@ -90,8 +100,7 @@ class GradCam(_Cam):
         check_flag("relu", self.relu)
 
     def attribute(self, run: Run) -> Tensor:
-        maps = self.weighted(run)
-        return self.upsampled(run, maps.relu() if self.relu else maps)
+        return self.located(run, self.relu)
 
 
 @register_method(
@@ -121,8 +130,7 @@ class GradCamPlusPlus(GradCam):
 class LayerCam(GradCam):
     """relu(sum_c relu(dS/dA_c) A_c), [N, 1, H, W]."""
 
-    def weighted(self, run: Run) -> Tensor:
-        features, gradient = run.feature_map(self.layer)
+    def weighted(self, features: Tensor, gradient: Tensor) -> Tensor:
         return (gradient.relu() * features[:, None]).sum(2)
 
 
@@ -142,7 +150,7 @@ class GuidedGradCam(_Cam):
         return (_GUIDED,)
 
     def attribute(self, run: Run) -> Tensor:
-        return run.gradient(_GUIDED) * self.upsampled(run, self.weighted(run).relu())
+        return run.gradient(_GUIDED) * self.located(run, relu=True)
 
 
 _GUIDED = GuidedBackprop()

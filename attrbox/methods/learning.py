@@ -15,7 +15,7 @@ from torch import Tensor
 
 from attrbox.engine.site import Site
 from attrbox.engine.tape import Tape
-from attrbox.errors import OptionError
+from attrbox.errors import NoGradientError, OptionError
 from attrbox.masks import MaskGenerator, masks
 from attrbox.methods.base import check, check_choice, check_count, check_flag, check_number, option
 from attrbox.methods.chunk import in_channels_last
@@ -188,6 +188,11 @@ def learn(method: Learning, run: Run, region: Tensor | None, k: int, restart: in
                 break
         with part("double backward"):
             adam.zero_grad()
+            if not surrogate.requires_grad:
+                raise NoGradientError(
+                    "The map does not depend on what the rule learns: no gradient of the score passes through an "
+                    "activation with a learned rule. Look for a factor of 0 in the model, or use another method."
+                )
             # `backward` gives each gradient the memory layout of its parameter; fused optimizers walk both as one.
             torch.autograd.backward(surrogate, inputs=leaves)
         held = None if all_alive else [leaf.detach()[~alive] for leaf in leaves]

@@ -192,6 +192,34 @@ class Recorded(Chunk):
 
         return self.once(("feature_map", layer), compute)
 
+    def feature_maps(self, layer: str | None) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """The feature maps that explain the scores: of each the features [n, C, ...], the gradients [n, K, C, ...], and
+        for which scores it counts, [n, K].
+
+        There is one, but where a model joins heads to one output: there the last map says nothing about the scores of
+        the other heads, and each score gets the last one that does.
+        """
+        features, gradient = self.feature_map(layer)
+        counts = (gradient != 0).flatten(2).any(2)
+        everywhere = torch.ones_like(counts)
+        alone = [(features, gradient, everywhere)]
+        if layer is not None or len(self.tape.feature_maps[layer]) != len(self.images):  # several rows per image
+            return alone
+        scores = self.settings.target.score(self._output(), self.indices)
+        if not self.tape.has_ways_around(scores.unbind(1)) or counts.is_meta or bool(counts.all()):
+            return alone
+        tape = self._serve(layers=[None])
+        with self.autocast():
+            scores = self.settings.target.score(self._output(), self.indices)
+            places = torch.stack([tape.last_map_with_gradient(score) for score in scores.unbind(1)], 1)
+        places = places.masked_fill(counts, 0)
+        found = [(features, gradient, places == 0)]  # those without any gradient too
+        for place in sorted(set(places.flatten().tolist()) - {0}):
+            run = type(self)(self.model, self.images, self.settings, self.rows, self.per_pass, [], [None])
+            run._maps = place
+            found.append((*run.feature_map(None), places == place))
+        return found
+
     def _maps_one_by_one(self, layer: str | None, rows: int) -> tuple[Tensor, Tensor]:
         """The feature maps of a model that runs its layers row by row, image by image.
 
