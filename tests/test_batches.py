@@ -11,7 +11,6 @@ from attrbox.errors import UnsupportedModelError
 METHODS = [name for name in attrbox.list_methods() if attrbox.methods[name].for_all and name != "random"]
 CAM = {"grad_cam", "grad_cam_plus_plus", "layer_cam", "guided_grad_cam"}
 # Learned rules lie between the first and the last layer in order of execution, which differs between these spellings.
-RULES = [name for name in METHODS if not name.startswith("learned")]
 X = images(3, 3, 12, 12)
 SIDE = images(3, 8, seed=4)
 
@@ -76,18 +75,34 @@ def maps(model: nn.Module, x: Tensor, method: str, target: list[int]) -> Tensor:
     return attrbox.explain(model, x, method, **options).values
 
 
-@pytest.mark.parametrize("method", RULES)
+@pytest.mark.parametrize("method", METHODS)
 def test_a_loop_over_the_rows(method: str) -> None:
     torch.testing.assert_close(maps(built(Loop), X, method, [0, 1, 2]), maps(built(Plain), X, method, [0, 1, 2]))
 
 
-@pytest.mark.parametrize("method", RULES)
+@pytest.mark.parametrize("method", METHODS)
 def test_crops_in_the_batch_axis(method: str) -> None:
     if method in CAM:
         with pytest.raises(UnsupportedModelError, match="2 rows for one image: the model lays crops"):
             maps(built(Views), X, method, [0, 1, 2])
         return
     torch.testing.assert_close(maps(built(Views), X, method, [0, 1, 2]), maps(built(Crops), X, method, [0, 1, 2]))
+
+
+@pytest.mark.parametrize("plugin", ["per_pixel", "shared"])
+@pytest.mark.parametrize("build", [Loop, Views])
+def test_learned_rules_of_rows_that_take_their_own_ways(build: type[nn.Module], plugin: str) -> None:
+    """Seeded alike, images learn the same alone and together, and their rules make the same maps again."""
+    options = {"progress": False, "target": [0, 1, 2], "iterations": 3, "seed": [5, 6, 7], "plugin": plugin}
+    model = built(build)
+    together = attrbox.explain(model, X, "learned", keep_rules=True, **options)
+    for i in range(len(X)):
+        one = options | {"target": i, "seed": 5 + i}
+        alone = attrbox.explain(model, X[i : i + 1], "learned", keep_rules=True, **one)
+        torch.testing.assert_close(together.values[i : i + 1], alone.values)
+    rules = together.details["rules"]
+    again = attrbox.explain(model, X, "learned_transfer", target=[0, 1, 2], learned=rules, progress=False)
+    torch.testing.assert_close(again.values, together.values)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -7,9 +7,8 @@ it by its sizes.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
@@ -131,33 +130,3 @@ class Follower:
         if self.found is not None and self.found[1].prefix and self._before_attention is not None:
             return self._before_attention
         return self.found
-
-
-def on_the_way(edges: Sequence[GradientEdge], score: Tensor) -> list[int]:
-    """Which of the edges a score comes from, as numbers from 1."""
-    behind = _behind(score.grad_fn)
-    return [place for place, edge in enumerate(edges, 1) if edge.node in behind]
-
-
-def last_on_the_way(edges: Sequence[GradientEdge], scores: Iterable[Tensor]) -> int:
-    """How many of the edges there are up to the last one from which every score comes; all of them if there is none."""
-    common = set.intersection(*(set(on_the_way(edges, score)) for score in scores))
-    return max(common, default=len(edges))
-
-
-def ways_around(edges: Sequence[GradientEdge], score: Tensor) -> bool:
-    """Whether a score comes from one of the edges by another way than through the last."""
-    behind = _behind(score.grad_fn, without=edges[-1].node)
-    return any(edge.node in behind for edge in edges[:-1] if edge.node is not edges[-1].node)
-
-
-def _behind(node: Any, without: Any = None) -> set[Any]:
-    """All nodes of the autograd graph that a node comes from, and itself; not those behind `without` alone."""
-    found: set[Any] = {without}
-    todo = [node]
-    while todo:
-        one = todo.pop()
-        if one is not None and one not in found:
-            found.add(one)
-            todo.extend(following for following, _ in one.next_functions)
-    return found

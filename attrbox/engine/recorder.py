@@ -29,7 +29,7 @@ from attrbox.engine.folding import Unfolded
 from attrbox.engine.grids import CONVOLUTIONS, Follower, Grid
 from attrbox.engine.layers import Pairs, layer_of, with_batch_norm
 from attrbox.engine.linear import LinearCalls, own
-from attrbox.engine.linearity import flat, is_activation, is_decision, is_linear, name_of
+from attrbox.engine.linearity import argument, flat, is_activation, is_decision, is_linear, name_of
 from attrbox.engine.operation import Operation, Parts
 from attrbox.engine.operations import interpret
 from attrbox.engine.site import ACTIVATIONS, LAYERS, Gradients, Rule, Site
@@ -191,7 +191,9 @@ class Recorder(TorchFunctionMode):
         self._inside = 0  # of functions that are run part by part
         self.replaying = Replaying()
         self.kept: list[tuple[Tensor, ...] | None] = []  # inputs at the sites, in a reference recording
-        self.layers_before: list[tuple[int, bool]] = []  # see `Tape.layers_before`
+        self.layer_nodes: list[tuple[Any, bool]] = []  # of convolutions and linear layers; whether these have positions
+        self.site_nodes: dict[int, Any] = {}
+        self._last_counted: Tensor | None = None  # the output of the last of these layers
         self.by_row = False  # whether rows of the batch take ways of their own
         self._linear = LinearCalls() if twice else None
         self._treats_layers = not LAYERS.isdisjoint(needs)
@@ -246,7 +248,7 @@ class Recorder(TorchFunctionMode):
             if not self._reference:
                 self._note(operation or parts, function, args, kwargs, result)
         if is_activation(result) and operation is None:
-            self._count_layer(name_of(function), result)
+            self._count_layer(name_of(function), args, kwargs, result)
         if before is not None and operation is not None:
             self._pairs.pair(before, self.sites[-1], operation.inputs[0], result)
         elif self._treats_layers and is_activation(_first(result)):
@@ -254,12 +256,13 @@ class Recorder(TorchFunctionMode):
         self._follow(function, result)
         return result
 
-    def _count_layer(self, name: str, output: Tensor) -> None:
+    def _count_layer(self, name: str, args: Any, kwargs: Any, output: Tensor) -> None:
         """Note a layer: a convolution, or a linear layer, whose output has positions if its channels are not all."""
-        if name in CONVOLUTIONS:
-            self.layers_before.append((len(self.sites), True))
-        elif name in _LINEAR_LAYERS:
-            self.layers_before.append((len(self.sites), output.dim() > 2))
+        if name in CONVOLUTIONS or name in _LINEAR_LAYERS:
+            self.layer_nodes.append((output.grad_fn, name in CONVOLUTIONS or output.dim() > 2))
+            self._last_counted = output
+        elif name == "batch_norm" and self._last_counted is argument(args, kwargs, 0, "input", None):
+            self.layer_nodes[-1] = (output.grad_fn, self.layer_nodes[-1][1])  # it may go around the layer's own node
 
     def _follow(self, function: Any, result: Any) -> None:
         first = _first(result)
@@ -305,6 +308,7 @@ class Recorder(TorchFunctionMode):
         copies = tuple(i.clone() for i in inputs) if operation.in_place and "input" in needs else ()
         result = _SiteFunction.apply(self.replaying, site, operation, needs, *inputs, *copies)
         output = result[0] if isinstance(result, tuple) else result
+        self.site_nodes[site.index] = output.grad_fn
         if copying:
             output = operation.inputs[0].copy_(output) if operation.in_place else output.clone()
             return (output, *result[1:]) if isinstance(result, tuple) else output

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
-from attrbox.engine.grids import Grid, last_on_the_way, on_the_way, ways_around
+from attrbox.engine.graph import between, last_on_the_way, on_the_way, ways_around
+from attrbox.engine.grids import Grid
 from attrbox.engine.recorder import Recorder, Reference, Replaying, checkpointed, forward, written_over
 from attrbox.engine.site import LAYERS, Rule, Site
 from attrbox.errors import (
@@ -18,7 +19,7 @@ from attrbox.errors import (
     UnsupportedModelError,
 )
 from attrbox.half import autocasting, wide
-from attrbox.outputs import mapped
+from attrbox.outputs import mapped, tensors
 from attrbox.shapes import Coverage, Operated
 
 
@@ -31,8 +32,6 @@ class Tape:
         sites: the recorded sites in order of execution (without activations).
         passed: operations of the table that no rule of the recording covers: native, with their true derivative.
         unknown: non-linear operations that are not in the table, native too.
-        layers_before: for each convolution and linear layer, in order of execution, how many sites were recorded
-            before it, and whether it works on positions: a convolution, or a linear layer on tokens.
         feature_maps: layer name (or None: the last spatial feature map) -> its output.
         grids: the same names -> where in these outputs the pixels are.
     """
@@ -44,7 +43,8 @@ class Tape:
         self.sites: tuple[Site, ...] = tuple(recorder.sites) if recorder else ()
         self.passed: tuple[Operated, ...] = tuple(recorder.passed) if recorder else ()
         self.unknown: tuple[Operated, ...] = tuple(recorder.unknown) if recorder else ()
-        self.layers_before: tuple[tuple[int, bool], ...] = tuple(recorder.layers_before) if recorder else ()
+        self._layers = recorder.layer_nodes if recorder else []
+        self._nodes = recorder.site_nodes if recorder else {}
         self.feature_maps: dict[str | None, Tensor] = recorder.feature_maps if recorder else {}
         self.grids: dict[str | None, Grid] = recorder.grids if recorder else {}
         self._map_edges = recorder.map_edges if recorder else []
@@ -52,6 +52,20 @@ class Tape:
         self._needs = recorder.needs if recorder else {}
         self._replaying = recorder.replaying if recorder else Replaying()
         self._narrow = autocasting(images.device) == torch.float16
+
+    @property
+    def layers(self) -> int:
+        """How many convolutions and linear layers ran."""
+        return len(self._layers)
+
+    def between_layers(self, with_positions: bool) -> set[int]:
+        """Numbers of the sites between two layers, whichever way the graph takes from one to the other.
+
+        Args:
+            with_positions: count convolutions, and linear layers on tokens, alone.
+        """
+        layers = [node for node, positions in self._layers if positions or not with_positions]
+        return between(tensors(self.output), self._nodes, layers)
 
     def maps_on_the_way(self, scores: Sequence[Tensor]) -> int | None:
         """How many spatial feature maps to follow so that the last one lies on the way to all of these scores; None if

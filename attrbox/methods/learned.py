@@ -51,7 +51,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 class Learned(Learning):
     """Learns a propagation rule for every sample; see the module."""
 
-    def attribute(self, run: Run) -> Tensor:
+    def together(self, run: Run) -> Tensor:
         targets = range(run.scores.shape[1])
         with torch.enable_grad():
             places = regions(run, self.region)

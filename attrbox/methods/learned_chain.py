@@ -35,6 +35,21 @@ class Propagating(Method):
         """The sites that have parameters."""
         raise NotImplementedError
 
+    def attribute(self, run: Run) -> Tensor:
+        sites = self.learned_at(recorded(self.plugged, run))
+        if len(run.images) == 1 or all(site.shapes[0][0] == len(run.images) for site in sites):
+            return self.together(run)
+        # The model takes its rows one by one, or lays views of them into the batch: parameters are of one image each.
+        alone = run.one_by_one()
+        maps = torch.cat([self.together(one) for one in alone])
+        details = [one.told() for one in alone]
+        run.tell(**{name: _joined([each[name] for each in details]) for name in details[0]})
+        return maps
+
+    def together(self, run: Run) -> Tensor:
+        """The maps of a chunk whose images share their sites."""
+        raise NotImplementedError
+
     def coverage(self, run: Run) -> Coverage:
         rule = self.plugged
         tape = recorded(rule, run)
@@ -42,6 +57,11 @@ class Propagating(Method):
         whole = tape.coverage(rule)
         left = tuple(operated for operated in whole.rule if operated not in chosen)
         return Coverage(tuple(o for o in whole.rule if o in chosen), left + whole.derivative, whole.unknown)
+
+
+def _joined(parts: list[Any]) -> Any:
+    """One detail of several images."""
+    return torch.cat(parts) if isinstance(parts[0], Tensor) else type(parts[0]).joined(parts)
 
 
 def recorded(rule: LearnedRule, run: Run) -> Tape:
@@ -64,8 +84,8 @@ def prepared(rule: LearnedRule, modules: str | None, run: Run, k: int) -> tuple[
 
 
 def sites_within(tape: Tape, modules: str | None) -> list[Site]:
-    """The sites to learn at: from the first layer that works on positions (a convolution, or a linear layer on tokens)
-    to the last; where nothing lies between, from the first layer to the last.
+    """The sites to learn at: between two layers that work on positions (convolutions, or linear layers on tokens), on
+    whatever way from one to the other; where nothing lies between these, between any two layers.
 
     Raises:
         ModelError: there is no non-linearity between two layers.
@@ -81,13 +101,13 @@ def sites_within(tape: Tape, modules: str | None) -> list[Site]:
                 f"Those that run: {', '.join(names) or 'none'}."
             )
         return chosen
-    layers = tape.layers_before
-    for before in ([count for count, positions in layers if positions], [count for count, _ in layers]):
-        chosen = [site for site in sites if before and before[0] <= site.index < before[-1]]
+    for with_positions in (True, False):
+        between = tape.between_layers(with_positions)
+        chosen = [site for site in sites if site.index in between]
         if chosen:
             return chosen
     raise ModelError(
-        f"The model has no non-linearity between two layers ({len(layers)} convolutions and linear layers and "
+        f"The model has no non-linearity between two layers ({tape.layers} convolutions and linear layers and "
         f"{len(sites)} non-linearities ran), where the learned rule has its place. "
         "Say where to learn: modules='*' for all, or a pattern of module names."
     )

@@ -43,7 +43,7 @@ class LearnedTransfer(Propagating):
             plugins[settings["plugin"]].make(settings["kernel"]), settings["feature"], settings["reference"]
         )
 
-    def attribute(self, run: Run) -> Tensor:
+    def together(self, run: Run) -> Tensor:
         maps = []
         for k, region in enumerate(regions(run, self.learned.settings["region"])):
             tape, rule, sites, reference = prepared(self.plugged, self.learned.settings.get("modules"), run, k)

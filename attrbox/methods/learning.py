@@ -219,11 +219,13 @@ def _start(method: Learning, run: Run, rule: LearnedRule, sites: list[Site], dra
     for site in sites:
         difference = rule.differences[site.index]
         shape = rule.plugin.shape(difference)
+        if len(difference) > len(run.images):  # several rows of one image
+            shape = (len(difference) // len(run.images), *shape)
         if method.initial == "ones":
-            start = difference.new_ones((len(difference), *shape))
+            start = difference.new_ones((len(run.images), *shape))
         else:
             numbers = run.numbers(draw + site.index, shape).to(difference.dtype)
-            start = numbers.expand(len(difference), *shape).clone()
+            start = numbers.expand(len(run.images), *shape).clone()
         if start.shape == difference.shape and start.dim() == 4:
             last = difference.is_contiguous(memory_format=torch.channels_last)
             start = start.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)

@@ -1,6 +1,7 @@
 """One recorded forward pass of a chunk: the explained scores, and gradients propagated by rules."""
 
 from collections.abc import Collection, Sequence
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -220,6 +221,14 @@ class Recorded(Chunk):
             found.append((*run.feature_map(None), places == place))
         return found
 
+    def one_by_one(self, layers: Sequence[str | None] = ()) -> list[Self]:
+        """Each image as a chunk of its own, for models whose rows take ways of their own."""
+        first = self.rows.start
+        return [
+            type(self)(self.model, image, self.settings, slice(first + i, first + i + 1), 1, [], layers)
+            for i, image in enumerate(torch.split(self.images, 1))
+        ]
+
     def _maps_one_by_one(self, layer: str | None, rows: int) -> tuple[Tensor, Tensor]:
         """The feature maps of a model that runs its layers row by row, image by image.
 
@@ -233,13 +242,7 @@ class Recorded(Chunk):
                 "views or windows of it into the batch axis, so there is no one map over the image. Name a layer that "
                 "has one row per image, layer=..., or use a method without layers."
             )
-        start = self.rows.start
-        parts = [
-            type(self)(
-                self.model, self.images[i : i + 1], self.settings, slice(start + i, start + i + 1), 1, [], [layer]
-            ).feature_map(layer)
-            for i in range(n)
-        ]
+        parts = [one.feature_map(layer) for one in self.one_by_one([layer])]
         return torch.cat([features for features, _ in parts]), torch.cat([gradient for _, gradient in parts])
 
     def reference(self, baseline: float | Tensor) -> Reference:

@@ -166,6 +166,8 @@ class LearnedRule(Rule):
         if parameters is None:
             return site.true_gradient(grad_output)
         difference = self.differences[site.index]
+        if len(difference) > len(parameters) and parameters.shape[1] * len(parameters) == len(difference):
+            parameters = parameters.flatten(0, 1)  # several rows of one image
         if parameters.shape[1:] != self.plugin.shape(difference):
             raise RuleError(
                 f"The learned parameters at {site.where} have shape {list(parameters.shape[1:])} per sample, but the "

@@ -1,0 +1,74 @@
+"""What lies before and behind what in the autograd graph of a pass."""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+
+def on_the_way(edges: Sequence[GradientEdge], score: Tensor) -> list[int]:
+    """Which of the edges a score comes from, as numbers from 1."""
+    behind = _behind(score.grad_fn)
+    return [place for place, edge in enumerate(edges, 1) if edge.node in behind]
+
+
+def last_on_the_way(edges: Sequence[GradientEdge], scores: Iterable[Tensor]) -> int:
+    """How many of the edges there are up to the last one from which every score comes; all of them if there is none."""
+    common = set.intersection(*(set(on_the_way(edges, score)) for score in scores))
+    return max(common, default=len(edges))
+
+
+def ways_around(edges: Sequence[GradientEdge], score: Tensor) -> bool:
+    """Whether a score comes from one of the edges by another way than through the last."""
+    behind = _behind(score.grad_fn, without=edges[-1].node)
+    return any(edge.node in behind for edge in edges[:-1] if edge.node is not edges[-1].node)
+
+
+def _behind(node: Any, without: Any = None) -> set[Any]:
+    """All nodes of the autograd graph that a node comes from, and itself; not those behind `without` alone."""
+    found: set[Any] = {without}
+    todo = [node]
+    while todo:
+        one = todo.pop()
+        if one is not None and one not in found:
+            found.add(one)
+            todo.extend(following for following, _ in one.next_functions)
+    return found
+
+
+def between(ends: Iterable[Tensor], places: Mapping[int, Any], layers: Collection[Any]) -> set[int]:
+    """Which places lie between two layers: one comes before them on a way through the graph, another behind.
+
+    Args:
+        ends: what a pass returned.
+        places: number -> node of the graph.
+        layers: nodes of the graph.
+    """
+    order = _sorted(tensor.grad_fn for tensor in ends)
+    marked = set(layers)
+    behind: set[Any] = set()  # nodes from which a layer follows
+    for node in order:
+        if node in behind or node in marked:
+            behind.update(following for following, _ in node.next_functions if following is not None)
+    before: set[Any] = set()  # nodes that come from a layer
+    for node in reversed(order):
+        if any(following in before or following in marked for following, _ in node.next_functions):
+            before.add(node)
+    return {number for number, node in places.items() if node in before and node in behind}
+
+
+def _sorted(roots: Iterable[Any]) -> list[Any]:
+    """All nodes that the roots come from, each before those it comes from."""
+    order: list[Any] = []
+    seen: set[Any] = set()
+    todo = [(root, False) for root in roots if root is not None]
+    while todo:
+        node, done = todo.pop()
+        if done:
+            order.append(node)
+        elif node not in seen:
+            seen.add(node)
+            todo.append((node, True))
+            todo.extend((following, False) for following, _ in node.next_functions if following is not None)
+    return order[::-1]
