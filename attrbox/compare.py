@@ -8,7 +8,7 @@ import contextlib
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from attrbox.dense import dense
+from attrbox.engine.randomness import drawing, random_operations
 from attrbox.errors import (
     InputError,
     ModelError,
@@ -340,8 +341,9 @@ def _noted(run: Run, what: str) -> Iterator[None]:
 def _explain_chunk(run: Run, chosen: _Chosen, order: list[str], bar: Any, strict: bool) -> _Chunk:
     """All methods on one chunk."""
     clock = _Clock(run.images.device)
-    with _noted(run, "scored"):
+    with _noted(run, "scored"), drawing(run.images.device) as drawn:
         scores = run.scores
+    random = random_operations(run.model, run.images) if drawn.any else ()
     if scores.device.type == "cpu":  # elsewhere the host would wait for it: at the end of the call
         check_scores(run.model, scores, run.rows.start)
     chunk = _Chunk(scores, run.indices, run.predictions)
@@ -364,7 +366,7 @@ def _explain_chunk(run: Run, chosen: _Chosen, order: list[str], bar: Any, strict
         chunk.values[label] = values.detach()
         chunk.details[label] = run.told()
         chunk.expected[label] = method.expected(run)
-        chunk.coverage[label] = method.coverage(run)
+        chunk.coverage[label] = replace(method.coverage(run), random=random)
         if strict and chunk.coverage[label].unknown:
             raise _not_understood(label, chunk.coverage[label])
         chunk.seconds[label] = clock.lap()

@@ -149,6 +149,8 @@ def _judged(maps: Attribution, native: Tensor) -> tuple[str, str]:
     error = float((maps.score.cpu() - native).abs().max()) / largest
     if error > tolerance:
         return "approximate", f"the recorded score differs from the model's own by {error:.0e}"
+    if maps.coverage.random:
+        return "approximate", f"the score is random: {', '.join(_tally(maps.coverage.random))} draws anew in each pass"
     if maps.coverage.unknown:
         names = ", ".join(_tally(maps.coverage.unknown))
         return "approximate", f"true derivative at {names}, which no rule knows"

@@ -102,6 +102,10 @@ class NonFiniteWarning(UserWarning):
     """Maps have values that are NaN or infinite; the message names the images and where these arose."""
 
 
+class NothingHiddenWarning(UserWarning):
+    """What hides pixels equals what they show, so a method that hides them has nothing to tell."""
+
+
 class OptimisationWarning(UserWarning):
     """A map that is found by optimisation was stopped early, because its loss was not finite."""
 

@@ -106,6 +106,7 @@ class Coverage:
         derivative: known to the engine, but left to the true derivative by the method.
         unknown: non-linear, and not understood by the engine: the true derivative held.
         black_box: the method takes no gradients, so the operations do not matter to it.
+        random: draw other numbers in each pass (dropout with training=True), so that maps are of a random score.
         conservation: how much relevance each of the operations kept, for the LRP composites with `audit=True`.
     """
 
@@ -113,6 +114,7 @@ class Coverage:
     derivative: tuple[Operated, ...] = ()
     unknown: tuple[Operated, ...] = ()
     black_box: bool = False
+    random: tuple[Operated, ...] = ()
     conservation: Conservation | None = None
 
     @classmethod
@@ -135,8 +137,8 @@ class Coverage:
                 ("UNKNOWN:", self.unknown),
             )
             if operations
-        ]
-        return "; ".join(parts) or ("black box, no gradient" if self.black_box else "plain gradient, no rule")
+        ] or ["black box, no gradient" if self.black_box else "plain gradient, no rule"]
+        return "; ".join(parts + ([f"RANDOM: {_counts(self.random)}"] if self.random else []))
 
 
 def _counts(operations: Iterable[Operated]) -> str:

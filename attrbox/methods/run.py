@@ -5,6 +5,7 @@ model: one recorded forward serves all rules, one set of noise samples the whole
 with other arguments is computed anew, and nothing is computed that nobody asks for.
 """
 
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from attrbox.engine.stem import Stem, stem_of
-from attrbox.errors import ForwardError, ModelError, TargetError
+from attrbox.errors import ForwardError, ModelError, NothingHiddenWarning, TargetError
 from attrbox.memory import backing_off
 from attrbox.methods.base import identity
 from attrbox.methods.quadrature import quadratures
@@ -187,8 +188,13 @@ class Run(Recorded):
 
         Raises:
             ModelError: a score is NaN or infinite, or the model returned something ill-shaped.
+
+        Warns:
+            NothingHiddenWarning: an image already shows what its masked pixels would.
         """
         change = self.images - fill
+        sizes = [part.abs().flatten(1).amax(1) for part in (change, self.images)]
+        hidden = sizes[0] > 8 * torch.finfo(change.dtype).eps * sizes[1]
 
         def work(group: slice, size: int) -> tuple[Tensor, Tensor]:
             shown = masks(group)
@@ -206,12 +212,22 @@ class Run(Recorded):
         for group, (shown, scores) in self._grouped(draws, work):
             finite &= scores.isfinite().all(2).all(0)
             yield group, shown, scores
-        if not finite.is_meta and not bool(finite.all()):  # one look at the device, after all passes
+        if finite.is_meta or bool((finite & hidden).all()):  # one look at the device, after all passes
+            return
+        if not bool(finite.all()):
             bad = ((~finite).nonzero().flatten() + self.rows.start).tolist()
             raise ModelError(
                 f"The model returned NaN or infinite scores on masked versions of the images {bad[:10]}, so nothing "
                 "can be told about these. Mend the model, or fill the masked pixels with something else."
             )
+        same = ((~hidden).nonzero().flatten() + self.rows.start).tolist()
+        warnings.warn(
+            f"Hiding pixels changes nothing in the images {same[:10]}: what hides them is what they show (superpixels "
+            "of one color under fill='segment', a blank image under its own value), so their maps are 0. Choose "
+            "another fill.",
+            NothingHiddenWarning,
+            stacklevel=2,
+        )
 
     def scored(
         self, versions: Tensor, rows: Tensor, columns: Tensor, unit: str = "logit", gradient: bool = True
