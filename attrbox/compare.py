@@ -4,7 +4,6 @@ The plan is short, because a `Run` keeps what it has computed: the forward pass 
 methods, those that replay it come first, and then it is forgotten before the passes over paths and noise begin.
 """
 
-import contextlib
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +25,7 @@ from attrbox.errors import (
     OptionError,
     TargetError,
     UnsupportedModelError,
+    at_work,
     shown,
 )
 from attrbox.guard import check_model, untouched
@@ -328,20 +328,10 @@ class _Chunk:
     details: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
-@contextlib.contextmanager
-def _noted(run: Run, what: str) -> Iterator[None]:
-    """Tell an exception which images were at work."""
-    try:
-        yield
-    except Exception as error:
-        error.add_note(f"This was raised while the images {run.rows.start} to {run.rows.stop - 1} were {what}.")
-        raise
-
-
 def _explain_chunk(run: Run, chosen: _Chosen, order: list[str], bar: Any, strict: bool) -> _Chunk:
     """All methods on one chunk."""
     clock = _Clock(run.images.device)
-    with _noted(run, "scored"), drawing(run.images.device) as drawn:
+    with at_work(run.rows, "scored"), drawing(run.images.device) as drawn:
         scores = run.scores
     random = random_operations(run.model, run.images) if drawn.any else ()
     if scores.device.type == "cpu":  # elsewhere the host would wait for it: at the end of the call
@@ -356,8 +346,9 @@ def _explain_chunk(run: Run, chosen: _Chosen, order: list[str], bar: Any, strict
             run.release()
             held = False
         run.replayed.clear()
-        with _noted(run, f"explained by {label!r}"):
+        with at_work(run.rows, f"explained by {label!r}"):
             values = method.attribute(run)
+            expected, coverage = method.expected(run), method.coverage(run)
         if values.shape[:2] != scores.shape:
             raise OptionError(
                 f"The method {label!r} must return maps of shape [n, K, ...] with n, K = {list(scores.shape)}, "
@@ -365,8 +356,7 @@ def _explain_chunk(run: Run, chosen: _Chosen, order: list[str], bar: Any, strict
             )
         chunk.values[label] = values.detach()
         chunk.details[label] = run.told()
-        chunk.expected[label] = method.expected(run)
-        chunk.coverage[label] = replace(method.coverage(run), random=random)
+        chunk.expected[label], chunk.coverage[label] = expected, replace(coverage, random=random)
         if strict and chunk.coverage[label].unknown:
             raise _not_understood(label, chunk.coverage[label])
         chunk.seconds[label] = clock.lap()

@@ -21,8 +21,9 @@ Every message says what was expected, what came, and what to do. Each class also
 built-in exception that callers would expect (`ValueError`, `RuntimeError`, ...).
 """
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 
@@ -88,6 +89,23 @@ class FileError(AttrboxError, OSError):
 
 class BusyError(FileError):
     """Another process is writing the file."""
+
+
+@contextlib.contextmanager
+def at_work(rows: slice, what: str) -> Iterator[None]:
+    """Tell an exception which images were at work: one that a user's function or rule caused in its message, others in
+    a note."""
+    try:
+        yield
+    except Exception as error:
+        first, last = rows.start, rows.stop - 1
+        images = f"image {first} was" if first == last else f"images {first} to {last} were"
+        told = f"This was raised while {images} {what}."
+        if isinstance(error, RuleError | TargetError) and error.__cause__ is not None:
+            error.args = (f"{error} {told}",)
+        else:
+            error.add_note(told)
+        raise
 
 
 class PluginWarning(UserWarning):

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from attrbox.compare import check_images
 from attrbox.dense import dense
 from attrbox.engine.recorder import forward
-from attrbox.errors import InputError, OptionError, shown
+from attrbox.errors import InputError, OptionError, at_work, shown
 from attrbox.guard import check_model, untouched
 from attrbox.half import HALF
 from attrbox.memory import images_per_pass
@@ -222,7 +222,9 @@ class _Plan:
         with torch.inference_mode(False), guard, torch.no_grad(), self._bar() as bar:
             per_pass = self._per_pass(model)
             for start in range(0, count, size):
-                study = self._study(model, slice(start, min(start + size, count)), per_pass, bar.update)
+                rows = slice(start, min(start + size, count))
+                with at_work(rows, "scored"):
+                    study = self._study(model, rows, per_pass, bar.update)
                 measured.append(self._measure(study, bar))
                 per_pass = study.per_pass
         return measured
@@ -261,11 +263,13 @@ class _Plan:
         if bar.total is None:  # the other chunks will ask for as much per image
             asked = sum(len(views) for some in requests.values() for views in some)
             bar.total = asked * len(self.images) // len(study)
-        scores = iter(study.scores_of([views for some in requests.values() for views in some]))
+        with at_work(study.rows, "scored"):
+            scores = iter(study.scores_of([views for some in requests.values() for views in some]))
         measured = {}
         for label, metric in self.metrics.items():
             outputs = [next(scores) for _ in requests[label]]
-            measured[label] = metric.measure(study, outputs)
+            with at_work(study.rows, f"measured by {label!r}"):
+                measured[label] = metric.measure(study, outputs)
             _check_measured(label, measured[label], study)
         return measured
 

@@ -126,5 +126,5 @@ def test_what_a_rule_raises_says_where() -> None:
         attrbox.rules.remove("raises")
         attrbox.methods.remove("raises")
     assert isinstance(caught.value.__cause__, KeyError)
-    assert caught.value.__notes__ == ["This was raised while the images 0 to 1 were explained by 'raises'."]
+    assert str(caught.value).endswith("This was raised while images 0 to 1 were explained by 'raises'.")
     assert isinstance(caught.value, AttrboxError)

@@ -313,7 +313,6 @@ def test_files_that_do_not_fit(model, maps, tmp_path):
         ({"metrics": []}, OptionError, "list of metrics"),
         ({"metrics": "morf"}, OptionError, "list of metrics"),
         ({"metrics": ["mrof"]}, UnknownNameError, "Did you mean 'morf'"),
-        ({"metrics": ["morf", ("morf", {"steps": 2}), ("morf", {"steps": 2})]}, OptionError, "twice"),
         ({"metrics": [("morf", 3)]}, OptionError, "pair"),
         ({"batch_size": 0}, OptionError, "batch_size"),
         ({"seed": 0.5}, OptionError, "seed"),

@@ -19,7 +19,8 @@ class Group(TyperGroup):
         try:
             return super().invoke(ctx)
         except AttrboxError as error:
-            typer.echo(f"attrbox: {printable(' '.join(str(error).split()))}", err=True)
+            told = [str(error), *getattr(error, "__notes__", [])]
+            typer.echo(f"attrbox: {printable(' '.join(' '.join(told).split()))}", err=True)
             raise typer.Exit(2) from None
 
 

@@ -15,6 +15,7 @@ import threading
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,9 +33,8 @@ from attrbox.engine.linear import LinearCalls, own
 from attrbox.engine.linearity import argument, flat, is_activation, is_decision, is_linear, name_of
 from attrbox.engine.operation import Operation, Parts
 from attrbox.engine.operations import interpret
-from attrbox.engine.site import ACTIVATIONS, LAYERS, Gradients, Rule, Site
+from attrbox.engine.site import ACTIVATIONS, LAYERS, Gradients, Rule, Site, asked
 from attrbox.errors import (
-    AttrboxError,
     ForwardError,
     ModelError,
     OptionError,
@@ -70,17 +70,15 @@ class Replaying:
 
     def gradients(self, site: Site, inputs: Any, output: Tensor | None, shapes: list[Any], grad: Tensor) -> Any:
         """The gradients that a site passes on, one per input, of the inputs' shapes."""
-        rule = self.rule if self.rule is not None and self.rule.treats(site) else None
+        rule = self.rule
+        if rule is not None and not asked(rule, f"asked whether it treats {site.where}", partial(rule.treats, site)):
+            rule = None
         reference = self.reference.inputs[site.index] if self.reference else None
         site = site.with_tensors(inputs, output, reference, type(rule).__name__ if rule else "")
-        try:
-            found = site.true_gradient(grad) if rule is None else _in_float32(rule, site, grad)
-        except Exception as error:
-            if rule is None or isinstance(error, AttrboxError) or is_out_of_memory(error):
-                raise
-            raise RuleError(
-                f"The rule {site.rule!r} raised {type(error).__name__} at {site.where}: {error}. Look at its propagate."
-            ) from error
+        if rule is None:
+            found = site.true_gradient(grad)
+        else:
+            found = asked(rule, f"at {site.where}", partial(_in_float32, rule, site, grad))
         gradients = found if isinstance(found, tuple) else (found,)
         if len(gradients) != len(shapes) or not all(isinstance(gradient, Tensor) for gradient in gradients):
             raise RuleError(
@@ -92,8 +90,19 @@ class Replaying:
                 f"The rule {site.rule!r} must return a gradient of the input's shape {list(shapes[0])} at "
                 f"{site.where}, got {list(gradients[0].shape)}."
             )
+        if not all(map(_sums_to, gradients, shapes)):
+            raise RuleError(
+                f"The rule {site.rule!r} must return gradients of the inputs' shapes {list(map(list, shapes))}, or "
+                f"that broadcast from these, at {site.where}, got {[list(gradient.shape) for gradient in gradients]}."
+            )
         # A product may have broadcast a factor: its gradient is summed over the copies.
         return tuple(gradient.sum_to_size(shape) for gradient, shape in zip(gradients, shapes, strict=True))
+
+
+def _sums_to(gradient: Tensor, shape: torch.Size) -> bool:
+    """Whether it is of the shape, or broadcast from it."""
+    sizes = gradient.shape[gradient.dim() - len(shape) :]
+    return gradient.dim() >= len(shape) and all(to in (1, size) for size, to in zip(sizes, shape, strict=True))
 
 
 def _in_float32(rule: Rule, site: Site, grad: Tensor) -> Gradients:

@@ -9,14 +9,16 @@ respect to the site's output becomes the one with respect to its input, in place
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
-from attrbox.errors import RuleError
+from attrbox.errors import AttrboxError, RuleError
+from attrbox.memory import is_out_of_memory
 
 Gradients: TypeAlias = "Tensor | tuple[Tensor, ...]"
+T = TypeVar("T")
 
 # Kinds of sites. Rectifiers let one half of the axis pass, squashers bound their input; both act element by element.
 RECTIFIERS = frozenset("relu relu6 leaky_relu prelu elu selu celu softplus gelu silu hardswish mish".split())
@@ -245,3 +247,24 @@ class Rule(ABC):
     def uses_reference(self) -> bool:
         """Whether the rule compares with a reference recording."""
         return "reference" in self.needs
+
+
+def asked(rule: Rule, what: str, question: Callable[[], T]) -> T:
+    """The answer of a rule; whatever the rule itself raises is told as its mistake.
+
+    Args:
+        rule: of a user, perhaps.
+        what: it is asked, for the message.
+        question: to the rule.
+
+    Raises:
+        RuleError: the original exception is its cause. Errors of attrbox and of memory stay as they are.
+    """
+    try:
+        return question()
+    except Exception as error:
+        if isinstance(error, AttrboxError) or is_out_of_memory(error):
+            raise
+        raise RuleError(
+            f"The rule {type(rule).__name__!r} raised {type(error).__name__} {what}: {error}. Look at its code."
+        ) from error

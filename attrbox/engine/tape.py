@@ -1,6 +1,7 @@
 """The tape: a forward pass recorded once, replayed backward under any number of rules."""
 
 from collections.abc import Collection, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -10,7 +11,7 @@ from torch.autograd.graph import GradientEdge
 from attrbox.engine.graph import between, last_on_the_way, on_the_way, ways_around
 from attrbox.engine.grids import Grid
 from attrbox.engine.recorder import Recorder, Reference, Replaying, checkpointed, forward, written_over
-from attrbox.engine.site import LAYERS, Rule, Site
+from attrbox.engine.site import LAYERS, Rule, Site, asked
 from attrbox.errors import (
     ForwardError,
     ModelError,
@@ -165,7 +166,7 @@ class Tape:
         if rule is not None and rule.uses_reference and reference is None:
             raise RuleError(f"The rule {type(rule).__name__} compares with a reference; pass one to replay.")
         if rule is not None:
-            rule.check(self.sites)
+            asked(rule, "asked whether it is defined on the model", partial(rule.check, self.sites))
         if not score.requires_grad:
             raise _no_gradient()
         self._replaying.rule, self._replaying.reference = rule, reference
@@ -191,7 +192,10 @@ class Tape:
 
     def coverage(self, rule: Rule | None) -> Coverage:
         """Which operations get the rule, which the true derivative."""
-        treated = [rule is not None and rule.treats(site) for site in self.sites]
+        treated = [
+            rule is not None and asked(rule, f"asked whether it treats {site.where}", partial(rule.treats, site))
+            for site in self.sites
+        ]
         pairs = list(zip(self.sites, treated, strict=True))
         return Coverage(
             Operated.listed(site for site, by_rule in pairs if by_rule),
@@ -301,7 +305,10 @@ def _needs(rules: Collection[Rule]) -> dict[str, frozenset[str]]:
     """
     needs: dict[str, frozenset[str]] = {}
     for kind in frozenset().union(*(rule.kinds for rule in rules)):
-        needs[kind] = frozenset({"derivative"}).union(*(rule.needs_at(kind) for rule in rules if kind in rule.kinds))
+        needs[kind] = frozenset({"derivative"})
+        for rule in rules:
+            if kind in rule.kinds:
+                needs[kind] |= asked(rule, f"asked what it needs at {kind}", partial(rule.needs_at, kind))
     return needs
 
 

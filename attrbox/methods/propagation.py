@@ -8,11 +8,12 @@
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from torch import Tensor
 
-from attrbox.engine.site import KINDS, LAYERS, Rule
+from attrbox.engine.site import KINDS, LAYERS, Rule, asked
 from attrbox.errors import OptionError
 from attrbox.methods.base import Method, MethodSpec, OptionInfo, check_baseline, check_flag, methods, option_infos
 from attrbox.methods.run import Run
@@ -48,7 +49,9 @@ class RuleMethod(Method):
         values = run.gradient(self.rule, self.baseline)
         if self.times_input:
             start = run.baseline(self.baseline) if self.rule.uses_reference else 0
-            values = self.rule.relevance(values, (run.images - start).unsqueeze(1))
+            images = (run.images - start).unsqueeze(1)
+            making = partial(self.rule.relevance, values, images)
+            values = asked(self.rule, "making a map of the gradient at the images", making)
         return values.abs() if self.absolute else values
 
     def expected(self, run: Run) -> Tensor | None:
