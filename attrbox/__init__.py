@@ -2,126 +2,97 @@
 
 maps = attrbox.explain(model, images, "deeplift")
 result = attrbox.compare(model, images, ["saliency", "lrp_epsilon", ("integrated_gradients", {"steps": 100})])
+
+The public names are imported when they are first used, so that `import attrbox` is quick.
 """
 
-from importlib.metadata import PackageNotFoundError, version
+import importlib
+from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
+from importlib.metadata import version as _version
+from typing import TYPE_CHECKING, Any
 
 from attrbox import errors
-from attrbox.collect import merge, split, verify
-from attrbox.compare import Comparison, compare, explain, list_methods
-from attrbox.doctor import Diagnosis, doctor
-from attrbox.engine.site import Rule, Site
-from attrbox.evaluate import evaluate
-from attrbox.export import export, recompute
-from attrbox.fitting import fit_patterns
-from attrbox.maps import MapsFile, open_maps
-from attrbox.methods import (  # registers the methods
-    cam,
-    gradient,
-    kernel_shap,
-    learned,
-    learned_transfer,
-    lime,
-    mask,
-    noise,
-    occlusion,
-    path,
-    patterns,
-    propagation,
-    random,
-    relevance,
-    rise,
-    rollout,
-    smask,
-)
-from attrbox.methods.base import Method, methods, option, register_method
-from attrbox.methods.patterns import Patterns
-from attrbox.methods.propagation import register_rule, rules
-from attrbox.methods.run import Run
-from attrbox.metrics import (  # registers the metrics
-    axioms,
-    complexity,
-    curves,
-    localization,
-    road,
-    robustness,
-    sanity,
-)
-from attrbox.metrics.base import Measurement, Metric, list_metrics, metrics, register_metric
-from attrbox.metrics.results import Evaluation
-from attrbox.metrics.roar import Roar, roar
-from attrbox.metrics.scores import Score
-from attrbox.metrics.study import Study, Views
-from attrbox.shapes import Attribution, Coverage
-from attrbox.targets import classes, top
+
+if TYPE_CHECKING:
+    from attrbox.core.results import Attribution as Attribution
+    from attrbox.core.results import Coverage as Coverage
+    from attrbox.core.targets import classes as classes
+    from attrbox.core.targets import top as top
+    from attrbox.data.maps.merge import merge as merge
+    from attrbox.data.maps.merge import split as split
+    from attrbox.data.maps.merge import verify as verify
+    from attrbox.data.maps.reader import MapsFile as MapsFile
+    from attrbox.data.maps.reader import open_maps as open_maps
+    from attrbox.engine.site import Rule as Rule
+    from attrbox.engine.site import Site as Site
+    from attrbox.methods.base import Method as Method
+    from attrbox.methods.base import method_registry as method_registry
+    from attrbox.methods.base import option as option
+    from attrbox.methods.base import register_method as register_method
+    from attrbox.methods.comparison import Comparison as Comparison
+    from attrbox.methods.comparison import compare as compare
+    from attrbox.methods.comparison import explain as explain
+    from attrbox.methods.comparison import list_methods as list_methods
+    from attrbox.methods.context.run import Run as Run
+    from attrbox.methods.diagnosis import Diagnosis as Diagnosis
+    from attrbox.methods.diagnosis import doctor as doctor
+    from attrbox.methods.propagation.pattern_attribution import Patterns as Patterns
+    from attrbox.methods.propagation.pattern_fitting import fit_patterns as fit_patterns
+    from attrbox.methods.propagation.rule_methods import register_rule as register_rule
+    from attrbox.methods.propagation.rule_methods import rule_registry as rule_registry
+    from attrbox.metrics.base import Measurement as Measurement
+    from attrbox.metrics.base import Metric as Metric
+    from attrbox.metrics.base import list_metrics as list_metrics
+    from attrbox.metrics.base import metric_registry as metric_registry
+    from attrbox.metrics.base import register_metric as register_metric
+    from attrbox.metrics.context import Study as Study
+    from attrbox.metrics.context import Views as Views
+    from attrbox.metrics.evaluation import evaluate as evaluate
+    from attrbox.metrics.faithfulness.roar import Roar as Roar
+    from attrbox.metrics.faithfulness.roar import roar as roar
+    from attrbox.metrics.results import Evaluation as Evaluation
+    from attrbox.metrics.scores import Score as Score
+    from attrbox.pipeline.export import export as export
+    from attrbox.pipeline.export import recompute as recompute
 
 try:
-    __version__ = version("attrbox")
-except PackageNotFoundError:  # run from a source tree that is not installed
+    __version__ = _version("attrbox")
+except _PackageNotFoundError:  # run from a source tree that is not installed
     __version__ = "0"
 
-del (
-    cam,
-    gradient,
-    kernel_shap,
-    learned,
-    learned_transfer,
-    lime,
-    mask,
-    noise,
-    occlusion,
-    path,
-    patterns,
-    propagation,
-    random,
-    relevance,
-    rise,
-    rollout,
-    smask,
-)
-del version, PackageNotFoundError
-del axioms, complexity, curves, localization, road, robustness, sanity
+# Where each public name is.
+_PLACES = {
+    "attrbox.core.results": "Attribution Coverage",
+    "attrbox.core.targets": "classes top",
+    "attrbox.data.maps.merge": "merge split verify",
+    "attrbox.data.maps.reader": "MapsFile open_maps",
+    "attrbox.engine.site": "Rule Site",
+    "attrbox.methods.base": "Method method_registry option register_method",
+    "attrbox.methods.comparison": "Comparison compare explain list_methods",
+    "attrbox.methods.context.run": "Run",
+    "attrbox.methods.diagnosis": "Diagnosis doctor",
+    "attrbox.methods.propagation.pattern_attribution": "Patterns",
+    "attrbox.methods.propagation.pattern_fitting": "fit_patterns",
+    "attrbox.methods.propagation.rule_methods": "register_rule rule_registry",
+    "attrbox.metrics.base": "Measurement Metric list_metrics metric_registry register_metric",
+    "attrbox.metrics.context": "Study Views",
+    "attrbox.metrics.evaluation": "evaluate",
+    "attrbox.metrics.faithfulness.roar": "Roar roar",
+    "attrbox.metrics.results": "Evaluation",
+    "attrbox.metrics.scores": "Score",
+    "attrbox.pipeline.export": "export recompute",
+}
+_HOME = {name: place for place, names in _PLACES.items() for name in names.split()}
 
-__all__ = [
-    "Attribution",
-    "Comparison",
-    "Coverage",
-    "Diagnosis",
-    "Evaluation",
-    "MapsFile",
-    "Measurement",
-    "Method",
-    "Metric",
-    "Patterns",
-    "Roar",
-    "Rule",
-    "Run",
-    "Score",
-    "Site",
-    "Study",
-    "Views",
-    "classes",
-    "compare",
-    "doctor",
-    "errors",
-    "evaluate",
-    "explain",
-    "export",
-    "fit_patterns",
-    "list_methods",
-    "list_metrics",
-    "merge",
-    "methods",
-    "metrics",
-    "open_maps",
-    "option",
-    "recompute",
-    "register_method",
-    "register_metric",
-    "register_rule",
-    "roar",
-    "rules",
-    "split",
-    "top",
-    "verify",
-]
+__all__ = [*sorted(_HOME), "errors"]  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(_HOME[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,6 +1,6 @@
 """`python -m attrbox`: the command."""
 
-from attrbox.cli import main
+from attrbox.pipeline.cli import main
 
 if __name__ == "__main__":
     main()

@@ -16,7 +16,7 @@ from torchvision.models import vgg16_bn
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
-from attrbox.files import whole_file
+from attrbox.core.atomic_files import whole_file
 
 MEAN, STD = 0.47, 0.25  # of all channels, so that zero is a grey
 WIDTHS = {"cnn": (32, 64, 64, 128), "wide": (48, 96, 96, 160)}

@@ -31,7 +31,7 @@ import torchvision
 from torch import Tensor, nn
 
 import attrbox
-from attrbox.memory import keep_pages
+from attrbox.core.memory import keep_pages
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from nets import calibrate, images

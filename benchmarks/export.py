@@ -21,8 +21,8 @@ import torchvision
 from PIL import Image
 
 import attrbox
-from attrbox.models import Preprocess
-from attrbox.samples import samples_of
+from attrbox.data.models import Preprocess
+from attrbox.data.samples import samples_of
 
 EXPORTS: dict[str, dict[str, object]] = {
     "float32": {},

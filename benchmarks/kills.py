@@ -20,7 +20,7 @@ import torch
 import torchvision
 
 import attrbox
-from attrbox.journal import journal_of
+from attrbox.data.maps.journal import journal_of
 
 METHODS = ["saliency", "deeplift", ("integrated_gradients", {"steps": 2})]
 

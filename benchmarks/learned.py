@@ -1,7 +1,8 @@
 """Speed and memory of the learned rule, in units of a native forward and backward pass of the same batch.
 
     python benchmarks/learned.py                              all tables, as Markdown
-    python benchmarks/learned.py --keep-pages                 as the attrbox command runs (`attrbox.memory.keep_pages`)
+    python benchmarks/learned.py --keep-pages                 as the attrbox command runs
+    (`attrbox.core.memory.keep_pages`)
     python benchmarks/learned.py --tables iterations --models resnet18 --rounds 5
 
 The cost of an iteration is the difference between a long and a short run of one call, so that what is done once (the
@@ -22,7 +23,7 @@ from engine import load, native, photographs, ratio, resident, rounds, table
 from torch import Tensor, nn
 
 import attrbox
-from attrbox.memory import keep_pages
+from attrbox.core.memory import keep_pages
 
 BATCHES = {"resnet18": 4, "vgg16": 2, "efficientnet_lite0": 4}
 PRESETS = ["learned", "learned_rank", "learned_clean"]

@@ -22,8 +22,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 import attrbox
-from attrbox.memory import keep_pages
-from attrbox.methods.learned_rules import LearnedRules
+from attrbox.core.memory import keep_pages
+from attrbox.methods.learned.parameters import LearnedRules
 
 STOPS = (5, 10, 20, 30, 60, 120)
 

@@ -24,11 +24,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import attrbox
-from attrbox.data import find_images, open_image
-from attrbox.memory import keep_pages
-from attrbox.metrics.mosaics import grid_cells
-from attrbox.metrics.similarity import spearman
-from attrbox.models import LoadedModel, Preprocess, efficientnet_lite0
+from attrbox.core.memory import keep_pages
+from attrbox.data.images import find_images, open_image
+from attrbox.data.models import LoadedModel, Preprocess, efficientnet_lite0
+from attrbox.metrics.localization.mosaics import grid_cells
+from attrbox.metrics.robustness.similarity import spearman
 
 ROWS = [*CONTROLS, *HAND_CRAFTED, SMOOTHED, *LEARNED]
 SHOWN = ["learned_clean", "learned_rank", "learned", "deeplift", "integrated_gradients", "grad_cam"]

@@ -20,9 +20,9 @@ from engine import ratio, rounds, table
 from torch import Tensor, nn
 
 import attrbox
-from attrbox.data import find_images, open_image
-from attrbox.memory import MOST_PER_PASS
-from attrbox.models import LoadedModel, efficientnet_lite0
+from attrbox.core.memory import MOST_PER_PASS
+from attrbox.data.images import find_images, open_image
+from attrbox.data.models import LoadedModel, efficientnet_lite0
 
 METHODS = 10
 

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import attrbox
-from attrbox.data import find_images, open_image
-from attrbox.models import efficientnet_lite0
+from attrbox.data.images import find_images, open_image
+from attrbox.data.models import efficientnet_lite0
 
 AREAS = (0.025, 0.05, 0.1, 0.2)
 PICTURE = [

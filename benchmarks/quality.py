@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import attrbox
-from attrbox.files import whole_file
+from attrbox.core.atomic_files import whole_file
+from attrbox.core.fills import gaussian_blur
 from attrbox.metrics.statistics import bootstrap_interval
-from attrbox.perturbations import gaussian_blur
 
 MethodOptions = tuple[str, dict[str, Any]]
 CONTROLS: dict[str, MethodOptions] = {"random": ("random", {})}
@@ -71,7 +71,7 @@ class Subject:
         """Heatmaps of one method, [N, H, W]."""
         name, options = method or METHODS[label]
         if label == SMOOTHED:
-            sigma = attrbox.methods["learned_clean"].create({}).region * max(self.images.shape[-2:])
+            sigma = attrbox.method_registry["learned_clean"].create({}).region * max(self.images.shape[-2:])
             return gaussian_blur(self.maps("deeplift"), sigma)
 
         def computed() -> Tensor:

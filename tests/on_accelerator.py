@@ -131,7 +131,7 @@ def required(name: str, on_device: bool) -> dict[str, object]:
 
 
 def explained(name: str, on_device: bool, **options: object) -> attrbox.Attribution:
-    spec = attrbox.methods[name]
+    spec = attrbox.method_registry[name]
     model, x = (transformer(), images(3, 3, 16, 16)) if spec.only_for else (SMALL, X)
     if on_device:
         model, x = moved(model), moved(x)
@@ -181,7 +181,7 @@ def test_the_seconds_of_a_method_are_not_those_of_another(monkeypatch):
 
 
 def test_all_methods_in_one_call():
-    names = [(name, FAST.get(name, {})) for name in attrbox.list_methods() if attrbox.methods[name].for_all]
+    names = [(name, FAST.get(name, {})) for name in attrbox.list_methods() if attrbox.method_registry[name].for_all]
     ours, cpu = (
         attrbox.compare(model, x, names, target=1, progress=False)
         for model, x in ((moved(SMALL), moved(X)), (SMALL, X))
@@ -256,7 +256,7 @@ def test_every_metric(metric):
             found.append(attrbox.evaluate(model, x, maps, [(metric, options)], masks=MASKS, progress=False))
         # The pixels, the targets and the maps are looked at once, localization looks at maps, masks and numbers, and
         # where maps are made anew (twice here) the pixels, targets, values and sums of each call.
-        needs = attrbox.metrics[metric].needs
+        needs = attrbox.metric_registry[metric].needs
         allowed = 3 + (3 if "masks" in needs else 0) + (8 if "methods" in needs else 0)
         if metric.startswith("road"):  # which imputes on the host, batch by batch
             allowed += 2

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from attrbox.seeds import numbers
+from attrbox.core.random_streams import numbers
 
 RELUS = (F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_)
 CONVOLUTIONS = (torch.conv1d, torch.conv2d, torch.conv3d)

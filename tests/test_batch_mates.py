@@ -10,7 +10,7 @@ from torch import nn
 import attrbox
 from attrbox.errors import FileError, InputError
 from attrbox.methods.base import Method
-from attrbox.shards import Shard
+from attrbox.pipeline.shards import Shard
 
 COUNT, SIZE = 11, 3
 METHODS = ["saliency", "deeplift", ("integrated_gradients", {"steps": 3}), "smoothgrad"]
@@ -131,7 +131,7 @@ def fussy():
             return run.gradient()
 
     yield
-    attrbox.methods.remove("fussy")
+    attrbox.method_registry.remove("fussy")
 
 
 @pytest.mark.parametrize("dark", [[4], [3, 4, 5], [10], [4, 10]])

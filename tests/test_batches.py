@@ -8,7 +8,7 @@ from torch import Tensor, nn
 import attrbox
 from attrbox.errors import UnsupportedModelError
 
-METHODS = [name for name in attrbox.list_methods() if attrbox.methods[name].for_all and name != "random"]
+METHODS = [name for name in attrbox.list_methods() if attrbox.method_registry[name].for_all and name != "random"]
 CAM = {"grad_cam", "grad_cam_plus_plus", "layer_cam", "guided_grad_cam"}
 # Learned rules lie between the first and the last layer in order of execution, which differs between these spellings.
 X = images(3, 3, 12, 12)

@@ -12,8 +12,8 @@ from torch import nn
 from typer.testing import CliRunner
 
 import attrbox
-from attrbox.cli import app
 from attrbox.errors import AttrboxError, InputError, RuleError, TargetError
+from attrbox.pipeline.cli import app
 
 X = images(5, 3, 8, 8)
 
@@ -54,7 +54,7 @@ def rule(request):
     def make(**methods):
         cls = type("Mine", (Plain,), methods)
         attrbox.register_rule("mine", summary="s", reference="r")(cls)
-        request.addfinalizer(lambda: (attrbox.rules.remove("mine"), attrbox.methods.remove("mine")))
+        request.addfinalizer(lambda: (attrbox.rule_registry.remove("mine"), attrbox.method_registry.remove("mine")))
         return cls
 
     return make
@@ -155,13 +155,13 @@ def test_target_functions(method, error):
 def test_methods_and_metrics(request, error):
     method = type("Mine", (attrbox.Method,), {"attribute": raises(error)})
     attrbox.register_method("mine", summary="s", reference="r")(method)
-    request.addfinalizer(lambda: attrbox.methods.remove("mine"))
+    request.addfinalizer(lambda: attrbox.method_registry.remove("mine"))
     with pytest.raises(type(error)) as caught:
         explain()
     assert caught.value.__notes__ == ["This was raised while images 0 to 1 were explained by 'mine'."]
     metric = type("Mine", (attrbox.Metric,), {"measure": raises(error)})
     attrbox.register_metric("mine", summary="s", reference="r")(metric)
-    request.addfinalizer(lambda: attrbox.metrics.remove("mine"))
+    request.addfinalizer(lambda: attrbox.metric_registry.remove("mine"))
     with pytest.raises(type(error)) as caught:
         attrbox.evaluate(None, X, {"a": X}, ["mine"], progress=False)
     assert "measured by 'mine'" in caught.value.__notes__[-1]
@@ -208,7 +208,7 @@ def test_files_and_the_command_say_it_too(rule, tmp_path, monkeypatch):
         explain()
     summary = export(tmp_path / "maps.h5", methods=["mine", "saliency"])
     assert summary.complete  # one at a time
-    monkeypatch.setattr("attrbox.models.load_model", raises(_noted(InputError("why"), "where")))
+    monkeypatch.setattr("attrbox.data.models.load_model", raises(_noted(InputError("why"), "where")))
     result = CliRunner().invoke(app, ["doctor", "torchvision:resnet18"])
     assert result.exit_code == 2
     assert "why where" in result.output

@@ -13,12 +13,12 @@ from torch import nn
 from typer.testing import CliRunner, Result
 
 import attrbox
-from attrbox.arguments import parse_device, parse_methods, parse_target
-from attrbox.cli import DEFAULT_METHODS, DEMO_METHODS, app
-from attrbox.commands.options import say_json
-from attrbox.data import distinct_names, find_images
+from attrbox.data.images import distinct_names, find_images
+from attrbox.data.models import LoadedModel, Preprocess
 from attrbox.errors import OptionError, UnknownNameError
-from attrbox.models import LoadedModel, Preprocess
+from attrbox.pipeline.arguments import parse_device, parse_methods, parse_target
+from attrbox.pipeline.cli import DEFAULT_METHODS, DEMO_METHODS, app
+from attrbox.pipeline.commands.options import say_json
 
 TINY = f"{__name__}:tiny"
 
@@ -220,7 +220,7 @@ def test_models_beside_the_working_directory(tmp_path: Path) -> None:
         "from torch import nn\nnet = lambda: nn.Sequential(nn.Flatten(), nn.Linear(3 * 224 * 224, 2))"
     )
     Image.new("RGB", (20, 16), "red").save(tmp_path / "red.png")
-    command = [sys.executable, "-c", "from attrbox.cli import main; main()", "explain", "red.png"]
+    command = [sys.executable, "-c", "from attrbox.pipeline.cli import main; main()", "explain", "red.png"]
     environment = os.environ | {"PYTHONPATH": str(Path(attrbox.__file__).parents[1]), "PYTHONSAFEPATH": "1"}
     done = subprocess.run(
         [*command, "--model", "mine:net", "-m", "random"], cwd=tmp_path, env=environment, capture_output=True, text=True

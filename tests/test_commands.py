@@ -11,7 +11,7 @@ from PIL import Image
 from test_cli import TINY, run
 
 import attrbox
-from attrbox.progress import progress_bar
+from attrbox.core.progress import progress_bar
 
 
 @pytest.fixture
@@ -127,7 +127,7 @@ def test_evaluate_and_report(pictures: Path, exported: Path, tmp_path: Path) -> 
 def test_scores_do_not_depend_on_how_many_are_read_at_once(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     for size in (64, 3):
-        monkeypatch.setattr("attrbox.measuring._AT_ONCE", size)
+        monkeypatch.setattr("attrbox.pipeline.evaluate_file._AT_ONCE", size)
         found.append(json.loads(run("evaluate", exported, "--trust", "--metrics", "morf", "--json").output)["scores"])
     assert [row["mean"] for row in found[0]] == pytest.approx([row["mean"] for row in found[1]], rel=1e-5)
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from test_cli import TINY
 
-from attrbox.config import Config, described, load, parse
 from attrbox.errors import FileError, OptionError
+from attrbox.pipeline.config import Config, described, load, parse
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.toml"))
 

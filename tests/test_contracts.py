@@ -14,7 +14,7 @@ from attrbox.errors import AttrboxError, ForwardError, TargetError
 
 # What needs an option (learned_transfer) or certain models (the rollouts) cannot run like this; see test_learned.py,
 # test_transformers.py.
-METHODS = [name for name in attrbox.list_methods() if attrbox.methods[name].for_all]
+METHODS = [name for name in attrbox.list_methods() if attrbox.method_registry[name].for_all]
 LEARNED = {"learned", "learned_rank", "learned_clean"}
 CAM = {"grad_cam", "grad_cam_plus_plus", "layer_cam", "guided_grad_cam"}
 COMPOSITES = {"lrp", "epsilon_plus", "epsilon_alpha2_beta1", "epsilon_gamma_box", "deep_taylor", "attn_lrp"}
@@ -49,7 +49,7 @@ class TestEveryMethod:
         torch.testing.assert_close(maps.score, model(X).detach().gather(1, maps.target[:, None])[:, 0])
         assert maps.heatmap().shape == (5, 8, 8)
         assert maps.method == method
-        assert set(maps.options) == {info.name for info in attrbox.methods[method].options}
+        assert set(maps.options) == {info.name for info in attrbox.method_registry[method].options}
 
     def test_the_progress_bar_runs_to_its_end(self, model, method, monkeypatch):
         bars = []
@@ -69,7 +69,7 @@ class TestEveryMethod:
                 self.n += passes
                 self.moves += passes > 0
 
-        monkeypatch.setattr(sys.modules["attrbox.compare"], "tqdm", Bar)
+        monkeypatch.setattr(sys.modules["attrbox.methods.comparison"], "tqdm", Bar)
         explain(model, X, method, batch_size=2)
         (bar,) = bars
         assert bar.n == bar.total
@@ -218,7 +218,7 @@ class TestEveryMethod:
 
 def test_summary_reference_and_units_of_every_method():
     for name in METHODS:
-        spec = attrbox.methods[name]
+        spec = attrbox.method_registry[name]
         assert spec.name == name
         assert len(spec.summary) > 10
         assert spec.reference

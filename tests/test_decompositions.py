@@ -7,11 +7,11 @@ from nets import images, seeded
 from torch import Tensor, nn
 
 import attrbox
+from attrbox.core.model_state import untouched
 from attrbox.engine.tape import record
-from attrbox.guard import untouched
 from attrbox.rules.deeplift import DeepLift
 from attrbox.rules.guided import GuidedBackprop
-from attrbox.rules.lrp import LRPEpsilon
+from attrbox.rules.lrp.activations import LRPEpsilon
 
 X = images(3, 4, 6)
 

@@ -9,11 +9,11 @@ from nets import images, seeded
 from torch import Tensor, nn
 
 import attrbox
-from attrbox.engine.dependent import DEPENDENT
+from attrbox.core.model_state import untouched
+from attrbox.engine.operations.dependent import DEPENDENT
 from attrbox.engine.tape import record
-from attrbox.guard import untouched
 from attrbox.rules.deeplift import DeepLift
-from attrbox.rules.lrp import LRPEpsilon
+from attrbox.rules.lrp.activations import LRPEpsilon
 
 X = images(2, 3, 5)
 W = images(5, 5, seed=11)

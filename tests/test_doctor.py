@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import attrbox
-from attrbox.cli import app
-from attrbox.doctor import Diagnosis, Finding
 from attrbox.errors import ForwardError, InputError, UnknownNameError, UnsupportedModelError
+from attrbox.methods.diagnosis import Diagnosis, Finding
+from attrbox.pipeline.cli import app
 
 X = images(2, 3, 8, 8)
 
@@ -252,7 +252,7 @@ def test_one_image_that_tells_something_is_enough():
 
 
 def test_an_empty_map_that_should_not_be_is_no_lack_of_tests(monkeypatch):
-    from attrbox.methods.run import Run
+    from attrbox.methods.context.run import Run
 
     original = Run.gradient
     monkeypatch.setattr(Run, "gradient", lambda *args, **options: original(*args, **options) * 0)
@@ -264,7 +264,7 @@ def test_an_empty_map_that_should_not_be_is_no_lack_of_tests(monkeypatch):
 
 @pytest.mark.parametrize("target", [None, attrbox.top(2), lambda scores: scores[:, 2]])
 def test_a_recorded_score_that_is_another_is_found_out(monkeypatch, target):
-    from attrbox.methods.recorded import Recorded
+    from attrbox.methods.context.recorded import Recorded
 
     monkeypatch.setattr(Recorded, "_output", lambda self: self.returned(self.tape.output + 1))
     finding = attrbox.doctor(residual_net(), X, ["guided_backprop"], target=target).findings[0]
@@ -315,7 +315,7 @@ def test_the_command():
 )
 def test_strict_exit_status(monkeypatch, verdict, method, status):
     found = Diagnosis((Finding("saliency", "exact", "as defined"), Finding(method, verdict, "why")))
-    monkeypatch.setattr(sys.modules["attrbox.doctor"], "doctor", lambda *arguments: found)
+    monkeypatch.setattr(sys.modules["attrbox.methods.diagnosis"], "doctor", lambda *arguments: found)
     command = ["doctor", "torchvision:squeezenet1_1", "--weights", "none"]
     assert CliRunner().invoke(app, command).exit_code == 0
     assert CliRunner().invoke(app, [*command, "--strict"]).exit_code == status

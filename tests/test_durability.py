@@ -14,7 +14,7 @@ from exports import content, export, net, pictures
 
 import attrbox
 from attrbox import files, growing, journal
-from attrbox.journal import Journal, Transactions, journal_of, recover
+from attrbox.data.maps.journal import Journal, Transactions, journal_of, recover
 
 PAGE = 512
 METHODS = ["saliency", "deeplift"]

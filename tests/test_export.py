@@ -20,9 +20,9 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import attrbox
+from attrbox.data.maps.journal import Journal, journal_of
+from attrbox.data.models import LoadedModel, Preprocess
 from attrbox.errors import FileError, InputError, NoGradientError, OptionError, TargetError
-from attrbox.journal import Journal, journal_of
-from attrbox.models import LoadedModel, Preprocess
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import attrbox
 from attrbox.engine.site import Rule
 from attrbox.errors import AttrboxError, NonFiniteError, NonFiniteWarning, RuleError
 
-METHODS = [name for name in attrbox.list_methods() if attrbox.methods[name].for_all]
+METHODS = [name for name in attrbox.list_methods() if attrbox.method_registry[name].for_all]
 X = images(4, 3, 8, 8)
 
 
@@ -105,7 +105,7 @@ class TestMaps:
             with pytest.warns(NonFiniteWarning, match="first at site 1, relu in module '3'"):
                 attrbox.explain(relu_net(), X, "broken", target=0, progress=False)
         finally:
-            attrbox.methods.remove("broken")
+            attrbox.method_registry.remove("broken")
 
     def test_nothing_is_said_of_finite_maps(self) -> None:
         with warnings.catch_warnings():
@@ -123,8 +123,8 @@ def test_what_a_rule_raises_says_where() -> None:
         with pytest.raises(RuleError, match=r"'Raises' raised KeyError at site \d+, relu.*no such thing") as caught:
             attrbox.explain(relu_net(), X, "raises", target=0, batch_size=2, progress=False)
     finally:
-        attrbox.rules.remove("raises")
-        attrbox.methods.remove("raises")
+        attrbox.rule_registry.remove("raises")
+        attrbox.method_registry.remove("raises")
     assert isinstance(caught.value.__cause__, KeyError)
     assert str(caught.value).endswith("This was raised while images 0 to 1 were explained by 'raises'.")
     assert isinstance(caught.value, AttrboxError)

@@ -11,15 +11,15 @@ from snapshots import nothing_changes
 from torch import Tensor, nn
 
 import attrbox
+from attrbox.core.hashing import known_weights_hash
+from attrbox.core.model_state import untouched
+from attrbox.core.targets import Target
 from attrbox.errors import AttrboxError, ForwardError, ModelError
-from attrbox.guard import untouched
-from attrbox.hashing import known_weights_hash
-from attrbox.methods.chunk import Settings
-from attrbox.methods.run import Run
-from attrbox.targets import Target
+from attrbox.methods.context.chunk import Settings
+from attrbox.methods.context.run import Run
 
 HALVES = [torch.float16, torch.bfloat16]
-METHODS = [name for name, spec in attrbox.methods.items() if not spec.required]
+METHODS = [name for name, spec in attrbox.method_registry.items() if not spec.required]
 X, M = images(2, 3, 8, 8), torch.ones(2, 2)
 SOME = ["saliency", "deeplift", "deep_taylor", "epsilon_gamma_box", "epsilon_plus", "smoothgrad", "learned", "rise"]
 
@@ -77,8 +77,8 @@ def same(found: Tensor, wanted: Tensor) -> None:
 @pytest.mark.parametrize("net", NETS)
 @pytest.mark.parametrize("method", METHODS)
 def test_maps_are_those_of_float32(method: str, net: str, dtype: torch.dtype) -> None:
-    if attrbox.methods[method].only_for and net != "attention":
-        pytest.skip(attrbox.methods[method].only_for)
+    if attrbox.method_registry[method].only_for and net != "attention":
+        pytest.skip(attrbox.method_registry[method].only_for)
     for seed in range(3):
         half, full = both(NETS[net](seed), dtype)
         x = images(2, 3, 8, 8, seed=seed, dtype=dtype)
@@ -196,7 +196,7 @@ def test_a_callable_gets_its_own_dtype(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("method", METHODS)
 def test_the_model_stays_in_half_precision(method: str, dtype: torch.dtype) -> None:
-    model = NETS["attention" if attrbox.methods[method].only_for else "residual"](0).to(dtype)
+    model = NETS["attention" if attrbox.method_registry[method].only_for else "residual"](0).to(dtype)
     model.register_parameter("tied", model.head.weight)
     model.register_forward_pre_hook(lambda model, _: None if model.tied is model.head.weight else 1 / 0)
     x = images(2, 3, 8, 8, dtype=dtype)
@@ -228,7 +228,7 @@ def test_mixed_precision_of_a_model_in_half(precision: torch.dtype) -> None:
 @pytest.mark.parametrize("method", [name for name in METHODS if not name.startswith(("learned", "lime"))])
 def test_mixed_precision_in_float16(method: str, scale: float) -> None:
     """Gradients and relevance below its range or beyond it: they are taken in float32, or scaled."""
-    for net in ("attention",) if attrbox.methods[method].only_for else NETS:
+    for net in ("attention",) if attrbox.method_registry[method].only_for else NETS:
         model = NETS[net](0).float()
         with torch.no_grad():
             for parameter in list(model.parameters())[-2:]:  # of the head

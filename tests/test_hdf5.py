@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from attrbox import hdf5
-from attrbox.errors import FileError, InputError, ModelError, OptionError
-from attrbox.hashing import weights_hash
-from attrbox.hdf5 import (
+from attrbox.core.hashing import weights_hash
+from attrbox.core.results import Attribution, Coverage, Operated
+from attrbox.data.maps.schema import (
     create_datasets,
     dataset_name,
     sample_columns,
@@ -23,7 +23,7 @@ from attrbox.hdf5 import (
     write_maps,
     write_samples,
 )
-from attrbox.shapes import Attribution, Coverage, Operated
+from attrbox.errors import FileError, InputError, ModelError, OptionError
 
 
 def maps(values, targets=None, **changes):

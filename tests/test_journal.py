@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from attrbox import journal as module
+from attrbox.data.maps.journal import Journal, Transactions, is_being_written, journal_of, recover
 from attrbox.errors import FileError
-from attrbox.journal import Journal, Transactions, is_being_written, journal_of, recover
 
 
 @pytest.fixture(autouse=True)

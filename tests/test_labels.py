@@ -14,10 +14,10 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 from torchvision.datasets import ImageFolder
 
 import attrbox
+from attrbox.data.labels import ClassNames, imagenet_categories, imagenet_synsets, read_labels
+from attrbox.data.models import LoadedModel, Preprocess
 from attrbox.errors import FileError, InputError, ModelError, TargetError, UnknownNameError
-from attrbox.labels import ClassNames, imagenet_categories, imagenet_synsets, read_labels
-from attrbox.models import LoadedModel, Preprocess
-from attrbox.report import write_report
+from attrbox.pipeline.report.page import write_report
 
 IMAGENET = ClassNames(imagenet_categories(), 1000)
 PREPROCESS = Preprocess(16, 16, (0.0,) * 3, (1.0,) * 3)

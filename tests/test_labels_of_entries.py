@@ -38,14 +38,14 @@ def test_labels(entries, expected):
     expected = [f"integrated_gradients{text}" for text in expected]
     if expected[-1] in expected[:-1]:
         expected[-1] += " #2"
-    assert labels(attrbox.methods, entries) == expected
+    assert labels(attrbox.method_registry, entries) == expected
 
 
-@pytest.mark.parametrize("registry", [attrbox.methods, attrbox.metrics], ids=["methods", "metrics"])
+@pytest.mark.parametrize("registry", [attrbox.method_registry, attrbox.metric_registry], ids=["methods", "metrics"])
 def test_two_equal_entries_of_every_name(registry):
     for name, spec in registry.items():
         if not spec.required:
-            assert labels(registry, [name, "random" if registry is attrbox.methods else "morf", name])[-1] in (
+            assert labels(registry, [name, "random" if registry is attrbox.method_registry else "morf", name])[-1] in (
                 f"{name} #2",
                 f"{name} #3",
             )

@@ -12,12 +12,20 @@ from snapshots import nothing_changes
 from torch import Tensor, nn
 
 import attrbox
-from attrbox.data import demo_photographs, open_image
+from attrbox.data.images import demo_photographs, open_image
+from attrbox.data.models import efficientnet_lite0
 from attrbox.engine.tape import record
 from attrbox.errors import FileError, InputError, ModelError, OptimisationWarning, OptionError, UnknownNameError
-from attrbox.masks import GaussianMask, MaskGenerator, RankMask, SigmoidMask, masks, register_mask, scaled
-from attrbox.methods.learned_rules import LearnedRules
-from attrbox.models import efficientnet_lite0
+from attrbox.methods.learned.parameters import LearnedRules
+from attrbox.methods.masking.generators import (
+    GaussianMask,
+    MaskGenerator,
+    RankMask,
+    SigmoidMask,
+    masks,
+    register_mask,
+    scaled,
+)
 from attrbox.rules.learned import LearnedRule, PerPixel, Plugin, plugins, register_plugin
 
 FEW = {"iterations": 4, "progress": False}

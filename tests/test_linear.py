@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attrbox.engine.linear import LinearCalls
+from attrbox.engine.linear_maps import LinearCalls
 from attrbox.engine.site import Rule
 from attrbox.engine.tape import record
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 import attrbox
 from attrbox.engine.tape import record
 from attrbox.errors import OptionError
-from attrbox.rules.composites import Composite
-from attrbox.rules.lrp import LRPEpsilon
-from attrbox.rules.lrp_layers import (
+from attrbox.rules.lrp.activations import LRPEpsilon
+from attrbox.rules.lrp.composites import Composite
+from attrbox.rules.lrp.layers import (
     AlphaBeta,
     Epsilon,
     ExcitationBackprop,
@@ -360,7 +360,7 @@ def test_what_added_constants_keep(method):
     constants = [model.encoder.pos_embedding, model.class_token]
     for constant in constants:
         constant.requires_grad_(True)
-    rule = attrbox.methods[method].create({}).rule()
+    rule = attrbox.method_registry[method].create({}).rule()
     tape = record(model, x, [rule])
     for row in range(2):
         gradients = tape.replay(tape.output[row, 1], constants, rule)

@@ -10,8 +10,8 @@ from exports import METHODS, Pairs, assert_same, export, net, pictures
 from torch.utils.data import DataLoader, StackDataset
 
 import attrbox
+from attrbox.data.maps.journal import Journal, journal_of
 from attrbox.errors import FileError, InputError, OptionError, UnknownNameError
-from attrbox.journal import Journal, journal_of
 
 NAMES = ['"quoted"', "ü\u4e2d", "<script>", "../../etc/passwd", "nul\0", "6", "a b", "%2F", ".", "last"]
 

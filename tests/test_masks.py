@@ -11,10 +11,19 @@ from snapshots import nothing_changes
 from torch import Tensor, nn
 
 import attrbox
+from attrbox.core.fills import Pyramid, fill_images, gaussian_blur
 from attrbox.errors import InputError, OptimisationWarning, OptionError
-from attrbox.masks import SmoothMax, area_loss, circles, masks, smoothing, stretched, total_variation, upsampling
-from attrbox.methods.mask import RADII, _shifted
-from attrbox.perturbations import Pyramid, fill_images, gaussian_blur
+from attrbox.methods.masking.generators import (
+    SmoothMax,
+    area_loss,
+    circles,
+    masks,
+    smoothing,
+    stretched,
+    total_variation,
+    upsampling,
+)
+from attrbox.methods.masking.meaningful_perturbation import RADII, _shifted
 
 
 class Linear(nn.Module):
@@ -60,7 +69,7 @@ class TestMask:
             assert explain(THREE, ONES, "mask", **options).values.flatten().tolist() == wanted
 
     def test_presets(self):
-        spec = attrbox.methods["mask"]
+        spec = attrbox.method_registry["mask"]
         authors, port = spec.create({}), spec.create({"preset": "port", "lr": 0.2})
         assert (authors.iterations, authors.l1, authors.tv, authors.jitter, authors.noise) == (300, 1e-4, 1e-2, 4, 0.0)
         assert (authors.fill, authors.blur, authors.initial, authors.mean) == ("blur", 10.0, "circle", False)
@@ -323,11 +332,11 @@ class TestSMask:
         torch.testing.assert_close(maps.values[0], generator.cropped(generator.whole(p)))
 
     def test_the_best_area(self):
-        method = attrbox.methods["smask"].create({"areas": (0.2, 0.1, 0.4), "slack": 0.1})
+        method = attrbox.method_registry["smask"].create({"areas": (0.2, 0.1, 0.4), "slack": 0.1})
         rewards = torch.tensor([[[9.5, 8.0, 9.9], [1.0, 2.0, 3.0], [9.2, 9.1, 9.0], [-10.0, -20.0, -8.0]]])
         scores = torch.tensor([[10.0, 10.0, 10.0, -9.5]])
         assert method.best(rewards, scores).tolist() == [[0, 2, 1, 0]]
-        delete = attrbox.methods["smask"].create({"areas": (0.2, 0.1, 0.4), "slack": 0.1, "variant": "delete"})
+        delete = attrbox.method_registry["smask"].create({"areas": (0.2, 0.1, 0.4), "slack": 0.1, "variant": "delete"})
         assert delete.best(torch.tensor([[[-0.9, -2.0, -0.1]]]), torch.tensor([[10.0]])).tolist() == [[0]]
 
     def test_areas_do_not_depend_on_each_other(self):

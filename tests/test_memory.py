@@ -7,7 +7,7 @@ import pytest
 
 PROGRAM = """
 import resource, torch
-from attrbox.memory import keep_pages
+from attrbox.core.memory import keep_pages
 {call}
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

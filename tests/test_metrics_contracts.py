@@ -23,7 +23,7 @@ from attrbox.errors import (
     UnknownNameError,
 )
 from attrbox.metrics.base import Metric
-from attrbox.metrics.base import metrics as registry
+from attrbox.metrics.base import metric_registry as registry
 
 METRICS = attrbox.list_metrics()
 QUICK = {
@@ -94,7 +94,7 @@ class TestEveryMetric:
             torch.testing.assert_close(values(other, metric), whole, equal_nan=True)
         if "randomization" in metric:  # the new weights are those of the call's first seed
             return
-        monkeypatch.setattr(importlib.import_module("attrbox.evaluate"), "_RANKINGS", 1)  # an image at a time
+        monkeypatch.setattr(importlib.import_module("attrbox.metrics.evaluation"), "_RANKINGS", 1)  # an image at a time
         torch.testing.assert_close(values(evaluate(model, X, maps, metric, seed=seeds), metric), whole, equal_nan=True)
         rows = slice(2, 3)
         one = {

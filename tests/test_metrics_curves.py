@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import attrbox
+from attrbox.core.fills import gaussian_blur
 from attrbox.errors import InputError, OptionError
-from attrbox.metrics.road import impute
-from attrbox.perturbations import gaussian_blur
+from attrbox.metrics.faithfulness.road import impute
 
 WHOLE = {"fraction": 1.0, "steps": 4}
 
@@ -375,8 +375,8 @@ def test_the_noise_of_road_is_on_imputed_pixels_alone():
 @pytest.mark.parametrize("region", [1, 2])
 def test_the_ends_of_an_order_are_those_of_the_whole(region):
     """Also with ties, negative values and both zeros, and for both ways of finding them."""
-    from attrbox.metrics.study import Maps, Study
-    from attrbox.targets import Target
+    from attrbox.core.targets import Target
+    from attrbox.metrics.context import Maps, Study
 
     values = (3 * images(5, 1, 12, 12, dtype=torch.float32)).round()
     values[0, 0, :2] = torch.tensor([0.0, -0.0]).repeat(12).view(2, 12)

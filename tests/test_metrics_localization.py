@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 import attrbox
 from attrbox.errors import InputError, OptionError
-from attrbox.metrics.annotations import box_mask, coco_objects, object_pairs, voc_objects
-from attrbox.metrics.mosaics import grid_cells, mosaics
+from attrbox.metrics.localization.annotations import box_mask, coco_objects, object_pairs, voc_objects
+from attrbox.metrics.localization.mosaics import grid_cells, mosaics
 
 
 def measure(maps: Tensor, masks, *metrics, **options):

@@ -17,7 +17,7 @@ from torch import nn
 
 import attrbox
 from attrbox.errors import InputError, OptionError
-from attrbox.stored import read_scores, write_scores
+from attrbox.pipeline.stored_scores import read_scores, write_scores
 
 X = images(3, 3, 8, 8)  # as many images as channels: the shapes of shared and of single baselines are alike
 BASELINES = {
@@ -38,7 +38,7 @@ def as_source(request, tmp_path, monkeypatch):
             return dict(comparison)
         if request.param in ("comparison", "an image at a time"):
             if request.param != "comparison":
-                monkeypatch.setattr(importlib.import_module("attrbox.evaluate"), "_RANKINGS", 1)
+                monkeypatch.setattr(importlib.import_module("attrbox.metrics.evaluation"), "_RANKINGS", 1)
             return comparison
         path = comparison.to_hdf5(tmp_path / "maps.h5", dtype="float64")
         if request.param == "merged":

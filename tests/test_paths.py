@@ -7,12 +7,12 @@ import torch
 from exports import export, net, pictures
 
 import attrbox
-from attrbox.config import load
-from attrbox.data import find_images, load_images, open_image
+from attrbox.data.images import find_images, load_images, open_image
+from attrbox.data.labels import read_labels
+from attrbox.data.models import read_state
 from attrbox.errors import AttrboxError, FileError
-from attrbox.labels import read_labels
-from attrbox.models import read_state
-from attrbox.report import write_report
+from attrbox.pipeline.config import load
+from attrbox.pipeline.report.page import write_report
 
 
 class Odd(os.PathLike):

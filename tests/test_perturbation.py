@@ -12,9 +12,9 @@ from snapshots import nothing_changes
 from torch import Tensor, nn
 
 import attrbox
+from attrbox.core.fills import FILLS, fill_images, gaussian_blur, median_blur
 from attrbox.errors import InputError, ModelError, OptionError, TargetError
-from attrbox.perturbations import FILLS, fill_images, gaussian_blur, median_blur
-from attrbox.superpixels import cells, means, quickshift
+from attrbox.methods.perturbation.superpixels import cells, means, quickshift
 
 BLACK_BOX = {
     "occlusion": {"window": 3, "stride": 2},

@@ -7,8 +7,8 @@ from torch import nn
 
 import attrbox
 from attrbox import compare as compare_function
+from attrbox.core.memory import SavedBytes, backing_off, images_per_pass
 from attrbox.errors import OutOfMemoryError
-from attrbox.memory import SavedBytes, backing_off, images_per_pass
 
 
 class Counting(nn.Module):
@@ -93,7 +93,7 @@ def test_integrated_gradients_needs_its_steps_and_two_scores():
 
 def test_compare_equals_explain():
     model = squeeze_excitation_net()
-    names = [name for name in attrbox.list_methods() if attrbox.methods[name].for_all]
+    names = [name for name in attrbox.list_methods() if attrbox.method_registry[name].for_all]
     together = compare(model, [(name, FAST.get(name, {})) for name in names], target=attrbox.top(2))
     for name in names:
         alone = attrbox.explain(model, X, name, target=attrbox.top(2), progress=False, **FAST.get(name, {}))
@@ -187,12 +187,12 @@ def test_chunks_follow_the_memory(monkeypatch):
     with SavedBytes() as saved:
         model(x[:1].clone().requires_grad_())
     assert saved.total > 0
-    monkeypatch.setattr("attrbox.memory.free_bytes", lambda device: 10 * saved.total)
+    monkeypatch.setattr("attrbox.core.memory.free_bytes", lambda device: 10 * saved.total)
     assert images_per_pass(x, lambda few: model(few), 64) == 4  # 40 % of room for ten
-    monkeypatch.setattr("attrbox.memory.free_bytes", lambda device: 10**12)
+    monkeypatch.setattr("attrbox.core.memory.free_bytes", lambda device: 10**12)
     assert images_per_pass(x, lambda few: model(few), 64) == 10
     assert images_per_pass(x, lambda few: model(few), 5) == 5
-    monkeypatch.setattr("attrbox.memory.free_bytes", lambda device: 0)
+    monkeypatch.setattr("attrbox.core.memory.free_bytes", lambda device: 0)
     assert images_per_pass(x, lambda few: model(few), 64) == 1
 
 

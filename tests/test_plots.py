@@ -12,9 +12,9 @@ from matplotlib.image import AxesImage
 from PIL import Image
 
 from attrbox import plots
+from attrbox.core.results import Attribution, Coverage
 from attrbox.errors import FileError, InputError, OptionError
-from attrbox.plots import plot_comparison, plot_map
-from attrbox.shapes import Attribution, Coverage
+from attrbox.visualization.plots import plot_comparison, plot_map
 
 
 def maps(values, targets=None, target=True, reduction="sum"):

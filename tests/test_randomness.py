@@ -10,8 +10,8 @@ from test_contracts import METHODS, explain
 from torch import nn
 
 import attrbox
+from attrbox.core.results import Operated
 from attrbox.errors import NothingHiddenWarning
-from attrbox.shapes import Operated
 
 X = images(2, 3, 8, 8)
 

@@ -10,13 +10,13 @@ from nets import images, seeded
 from test_lrp import by_alpha_beta, by_gamma, matrix, relevance_of
 from torch import Tensor, nn
 
+from attrbox.core.model_state import untouched
 from attrbox.engine import elementwise, reductions
 from attrbox.engine.site import ELEMENTWISE, GATES, RECTIFIERS, SQUASHERS, Site
 from attrbox.engine.tape import record
-from attrbox.guard import untouched
-from attrbox.rules.composites import Composite
 from attrbox.rules.deeplift import DeepLift
-from attrbox.rules.lrp_layers import AlphaBeta, Gamma, ZPlus
+from attrbox.rules.lrp.composites import Composite
+from attrbox.rules.lrp.layers import AlphaBeta, Gamma, ZPlus
 
 THIRD = torch.tensor(1 / 3, dtype=torch.float64)
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {

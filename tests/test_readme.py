@@ -27,7 +27,7 @@ def test_the_code_runs(tmp_path, monkeypatch):
         assert names["summary"].complete
         assert names["scores"]["saliency"]["morf"].auc.shape == (4,)
     finally:
-        for registry in (attrbox.methods, attrbox.rules):
+        for registry in (attrbox.method_registry, attrbox.rule_registry):
             if "absolute" in registry:
                 registry.remove("absolute")
 
@@ -42,14 +42,14 @@ def test_the_table_lists_every_metric_and_where_better_is():
     for names, better in rows:
         listed, directions = re.findall(r"\w+", names), better.split(", ")
         found |= dict(zip(listed, directions if len(directions) > 1 else directions * len(listed), strict=True))
-    assert found == {name: attrbox.metrics[name].better for name in attrbox.list_metrics()}
+    assert found == {name: attrbox.metric_registry[name].better for name in attrbox.list_metrics()}
 
 
 def test_the_table_lists_every_method():
     rows = re.findall(r"^\| `(\w+)`(?: \[([^\]]+)\])? \|", section("Methods"), flags=re.M)
     assert {name for name, _ in rows} == set(attrbox.list_methods())
     for name, alias in rows:
-        assert not alias or attrbox.methods[alias].name == name
+        assert not alias or attrbox.method_registry[alias].name == name
 
 
 def test_all_is_what_is_there():

@@ -12,7 +12,7 @@ from torch import nn
 
 import attrbox
 from attrbox.errors import DuplicateNameError, OptionError
-from attrbox.masks import MaskGenerator, masks
+from attrbox.methods.masking.generators import MaskGenerator, masks
 from attrbox.metrics.base import Measurement
 from attrbox.rules.learned import Plugin, plugins
 
@@ -32,19 +32,19 @@ class Kind:
 
 KINDS = {
     "method": Kind(
-        attrbox.methods,
+        attrbox.method_registry,
         attrbox.Method,
         lambda name, **options: attrbox.register_method(name, **ABOUT, **options),
         {"attribute": lambda self, run: run.gradient() * self.factor},
     ),
     "rule": Kind(
-        attrbox.rules,
+        attrbox.rule_registry,
         attrbox.Rule,
         lambda name, **options: attrbox.register_rule(name, **ABOUT, **options),
         {"propagate": lambda self, site, grad: site.true_gradient(grad) * self.factor},
     ),
     "metric": Kind(
-        attrbox.metrics,
+        attrbox.metric_registry,
         attrbox.Metric,
         lambda name, **options: attrbox.register_metric(name, **ABOUT, **options),
         {
@@ -91,7 +91,7 @@ def refused(kind, cls, message, name="own", error=OptionError, **options):
 
 def used(name, **options):
     """Sums of what a method, rule or metric of this name makes."""
-    if name in attrbox.methods:
+    if name in attrbox.method_registry:
         return attrbox.explain(relu_net(), X, name, target=1, progress=False, **options).values.flatten(1).sum(1)
     scores = attrbox.evaluate(None, X, {"a": X}, [(name, options)], controls=False, progress=False)
     return scores["a"][name].values
@@ -109,7 +109,7 @@ def test_a_class_with_options_that_is_no_dataclass_becomes_one(name, how):
     if how == "dataclass":
         cls = dataclass(frozen=True, kw_only=True)(cls)
     assert kind.register("own")(cls) is cls
-    spec = (attrbox.metrics if name == "metric" else attrbox.methods)["own"]
+    spec = (attrbox.metric_registry if name == "metric" else attrbox.method_registry)["own"]
     assert (spec.options[0].name, spec.options[0].default, spec.options[0].help) == ("factor", 3.0, "a factor")
     number = 3 if name == "rule" else 1  # relus on the way
     torch.testing.assert_close(used("own"), used("own", factor=1.0) * 3.0**number)
@@ -130,7 +130,7 @@ def test_attributes_of_the_class_are_no_options():
         __annotations__={"kinds": frozenset[str], "needs": "frozenset[str]", "factor": float, "level": ClassVar[int]},
     )
     KINDS["rule"].register("own")(cls)
-    assert [info.name for info in attrbox.methods["own"].options] == ["factor", "times_input", "absolute"]
+    assert [info.name for info in attrbox.method_registry["own"].options] == ["factor", "times_input", "absolute"]
     assert cls().level == 5
     assert used("own").isfinite().all()
 

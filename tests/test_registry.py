@@ -9,9 +9,9 @@ from nets import images, relu_net
 from torch import nn
 
 import attrbox
+from attrbox.core.registry import Registry
 from attrbox.errors import DuplicateNameError, OptionError, PluginWarning, RuleError, UnknownNameError
 from attrbox.methods.base import MethodSpec
-from attrbox.registry import Registry
 
 X = images(2, 3, 8, 8)
 
@@ -19,12 +19,12 @@ X = images(2, 3, 8, 8)
 @pytest.fixture
 def clean():
     """Takes out again what a test registers."""
-    before = set(attrbox.methods), set(attrbox.rules)
+    before = set(attrbox.method_registry), set(attrbox.rule_registry)
     yield
-    for name in set(attrbox.methods) - before[0]:
-        attrbox.methods.remove(name)
-    for name in set(attrbox.rules) - before[1]:
-        attrbox.rules.remove(name)
+    for name in set(attrbox.method_registry) - before[0]:
+        attrbox.method_registry.remove(name)
+    for name in set(attrbox.rule_registry) - before[1]:
+        attrbox.rule_registry.remove(name)
 
 
 def test_the_names_of_the_design():
@@ -43,7 +43,7 @@ def test_the_names_of_the_design():
     ],
 )
 def test_aliases(alias, name):
-    assert attrbox.methods[alias].name == name
+    assert attrbox.method_registry[alias].name == name
     assert alias in attrbox.methods
 
 
@@ -54,7 +54,7 @@ def test_near_misses(wrong, near):
     with pytest.raises(UnknownNameError, match=f"Did you mean .*'{near}'"):
         attrbox.explain(relu_net(), X, wrong)
     with pytest.raises(LookupError):
-        attrbox.methods[wrong]
+        attrbox.method_registry[wrong]
     assert wrong not in attrbox.methods
     assert 3 not in attrbox.methods
 
@@ -120,7 +120,7 @@ def test_names_are_taken_once(clean):
     rule = type("R", (attrbox.Rule,), {"propagate": lambda self, site, grad: grad})
     with pytest.raises(DuplicateNameError):
         attrbox.register_rule("saliency", summary="s", reference="r")(rule)
-    assert "saliency" not in attrbox.rules  # nothing half-registered
+    assert "saliency" not in attrbox.rule_registry  # nothing half-registered
     assert "new" not in attrbox.methods
 
 
@@ -222,7 +222,7 @@ def plug(monkeypatch, clean):
     def plug(group, name, loaded):
         points = {group: [FakeEntryPoint(name, loaded)]}
         monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: points.get(group, []))
-        for registry in (attrbox.methods, attrbox.rules):
+        for registry in (attrbox.method_registry, attrbox.rule_registry):
             monkeypatch.setattr(registry, "_plugins_loaded", False)
 
     return plug
@@ -236,7 +236,7 @@ def test_a_rule_from_another_package(plug):
             return site.true_gradient(grad_output) / 2
 
     plug("attrbox.rules", "half", Half)
-    assert attrbox.methods["half"].summary == "Half of the gradient at every activation."
+    assert attrbox.method_registry["half"].summary == "Half of the gradient at every activation."
     half = attrbox.explain(relu_net(), X, "half", progress=False).values
     torch.testing.assert_close(half, attrbox.explain(relu_net(), X, "gradient_x_input", progress=False).values / 8)
 
@@ -268,5 +268,5 @@ def test_registries_are_mappings():
     assert len(registry) == 0
     with pytest.raises(UnknownNameError, match="Known: none"):
         registry["x"]
-    assert len(attrbox.methods) == len(attrbox.list_methods())
-    assert "saliency" in repr(attrbox.methods)
+    assert len(attrbox.method_registry) == len(attrbox.list_methods())
+    assert "saliency" in repr(attrbox.method_registry)

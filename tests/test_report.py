@@ -9,10 +9,10 @@ from browser import PATH, Browser
 from exports import Pairs, export, net, pictures
 
 import attrbox
+from attrbox.data.models import LoadedModel
 from attrbox.errors import FileError, InputError
-from attrbox.models import LoadedModel
-from attrbox.report import write_report
-from attrbox.stored import read_scores, write_scores
+from attrbox.pipeline.report.page import write_report
+from attrbox.pipeline.stored_scores import read_scores, write_scores
 
 EVIL = "</script><img src=x onerror=\"document.title='pwned'\"><script>document.title='pwned'</script>"
 NAMES = [EVIL, "<!--", "{{data}}", "zebra", "ü 'quoted'", "last", "\u2028line", "a&amp;b", "\x1b[31mred", "nul\0"]

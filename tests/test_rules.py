@@ -19,13 +19,13 @@ from nets import SMALL, attention_net, images, relu_net, seeded, smooth_net
 from torch import Tensor, nn
 
 import attrbox
+from attrbox.core.model_state import untouched
 from attrbox.engine.site import KINDS, Rule
 from attrbox.engine.tape import record
 from attrbox.errors import UnsupportedModelError
-from attrbox.guard import untouched
 from attrbox.rules.deeplift import DeepLift
 from attrbox.rules.guided import Deconvnet, GuidedBackprop
-from attrbox.rules.lrp import LRPEpsilon
+from attrbox.rules.lrp.activations import LRPEpsilon
 
 EPSILON = 0.1  # large, so that a wrong stabiliser shows
 RULES: dict[str, Rule | None] = {

@@ -14,7 +14,7 @@ from test_cli import TINY, run
 
 import attrbox
 from attrbox.errors import FileError, InputError, OptionError
-from attrbox.shards import Shard
+from attrbox.pipeline.shards import Shard
 
 METHODS = ["saliency", "deeplift", "smoothgrad"]
 

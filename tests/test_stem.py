@@ -10,7 +10,7 @@ from nets import images
 from torch import Tensor, nn
 
 import attrbox
-from attrbox.engine.stem import stem_of
+from attrbox.engine.first_convolution import stem_of
 from attrbox.engine.tape import record
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import attrbox
 
-METHODS = [name for name in attrbox.list_methods() if attrbox.methods[name].for_all]
+METHODS = [name for name in attrbox.list_methods() if attrbox.method_registry[name].for_all]
 X = images(2, 3, 8, 8)
 
 
@@ -95,7 +95,7 @@ def test_inside_of_inference_mode(method: str, target: object) -> None:
 def test_tensors_of_inference_mode(method: str) -> None:
     with torch.inference_mode():
         target, baseline = torch.tensor([1, 2]), X[:1].clone() / 2
-    takes = "baseline" in {info.name for info in attrbox.methods[method].options}
+    takes = "baseline" in {info.name for info in attrbox.method_registry[method].options}
     options = {"baseline": baseline} if takes else {}
     plain = {"baseline": X[:1] / 2} if takes else {}
     found = maps(relu_net(), method, target=target, **options)

@@ -23,14 +23,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import attrbox
+from attrbox.core.model_state import untouched
 from attrbox.engine import recorder
 from attrbox.engine.site import ACTIVATIONS, KINDS, Rule
 from attrbox.engine.tape import record
 from attrbox.errors import ForwardError, ModelError, OptionError, RuleError, UnsupportedModelError
-from attrbox.guard import untouched
 from attrbox.rules.deeplift import DeepLift
 from attrbox.rules.guided import GuidedBackprop
-from attrbox.rules.lrp import LRPEpsilon
+from attrbox.rules.lrp.activations import LRPEpsilon
 
 ALL_RULES = (GuidedBackprop(), LRPEpsilon(), DeepLift())
 X = images(3, 3, 8, 8)
@@ -345,9 +345,9 @@ def test_control_flow_that_depends_on_the_input():
 @pytest.mark.parametrize(
     "middle", [lambda x: x.detach(), lambda x: torch.ones_like(x), lambda x: torch.tensor(x.detach().numpy())]
 )
-@pytest.mark.parametrize("method", [n for n in attrbox.list_methods() if attrbox.methods[n].for_all])
+@pytest.mark.parametrize("method", [n for n in attrbox.list_methods() if attrbox.method_registry[n].for_all])
 def test_output_that_does_not_depend_on_the_images(middle, method):
-    if not attrbox.methods[method].create({}).needs_gradients:
+    if not attrbox.method_registry[method].create({}).needs_gradients:
         pytest.skip("asks the model for no gradient")
     with pytest.raises((ModelError, OptionError), match=r"depend|gradient path|no spatial|between two layers"):
         attrbox.explain(net(middle), X, method, progress=False)
@@ -453,7 +453,7 @@ def test_nothing_survives_a_call():
 def test_only_what_rules_need_is_kept():
     """Guided backpropagation on in-place ReLUs keeps no more than autograd itself does."""
     model = five_ways()["in place"]
-    from attrbox.memory import SavedBytes
+    from attrbox.core.memory import SavedBytes
 
     x = images(4, 3, 12, 12)
     totals = {}

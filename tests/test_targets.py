@@ -10,9 +10,9 @@ from nets import images, vector_net
 from torch import nn
 
 import attrbox
+from attrbox.core.outputs import Outputs, unwrap
+from attrbox.core.targets import Target
 from attrbox.errors import ModelError, TargetError
-from attrbox.outputs import Outputs, unwrap
-from attrbox.targets import Target
 
 X = images(3, 7)
 OUT = torch.tensor([[0.0, 3.0, 1.0], [5.0, 2.0, 1.0], [1.0, 1.0, 4.0]])

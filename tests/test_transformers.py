@@ -12,7 +12,7 @@ import attrbox
 from attrbox.engine.tape import record
 from attrbox.errors import OptionError
 
-METHODS = [name for name in attrbox.list_methods() if attrbox.methods[name].for_all]
+METHODS = [name for name in attrbox.list_methods() if attrbox.method_registry[name].for_all]
 X = images(3, 3, 16, 16)
 LEARNED = {"learned", "learned_rank", "learned_clean"}
 

@@ -8,10 +8,10 @@ import torch
 from nets import images, squeeze_excitation_net
 
 import attrbox
-from attrbox.methods.noise import noise_key
+from attrbox.methods.gradient.smoothgrad import noise_key
 from attrbox.rules.deeplift import DeepLift
 from attrbox.rules.guided import GuidedBackprop
-from attrbox.rules.lrp import LRPEpsilon
+from attrbox.rules.lrp.activations import LRPEpsilon
 
 X = images(3, 3, 8, 8)
 ASKS = {
@@ -60,8 +60,8 @@ def asked(request: pytest.FixtureRequest) -> Iterator[str]:
     method("declared", declared)
     method("undeclared", {})
     yield request.param
-    attrbox.methods.remove("declared")
-    attrbox.methods.remove("undeclared")
+    attrbox.method_registry.remove("declared")
+    attrbox.method_registry.remove("undeclared")
 
 
 @pytest.mark.parametrize("size", [None, 2])

@@ -14,11 +14,11 @@ from nets import calibrate, images
 from torch import Tensor, nn
 
 import attrbox
+from attrbox.core.model_state import untouched
 from attrbox.engine.tape import record
-from attrbox.guard import untouched
 from attrbox.rules.deeplift import DeepLift
 from attrbox.rules.guided import Deconvnet, GuidedBackprop
-from attrbox.rules.lrp import LRPEpsilon
+from attrbox.rules.lrp.activations import LRPEpsilon
 
 # name -> side of the images, what the last feature map is called, whether all non-linearities are ReLUs and max-pools
 ZOO = {
@@ -118,7 +118,7 @@ class TestZoo:
 @pytest.mark.parametrize("name", ZOO)
 def test_every_method_runs(name):
     model, x = load(name, torch.float32), photographs(name, torch.float32)
-    runnable = [name for name in attrbox.list_methods() if attrbox.methods[name].for_all]
+    runnable = [name for name in attrbox.list_methods() if attrbox.method_registry[name].for_all]
     entries = [(method, MANY_PASSES.get(method, {})) for method in runnable]
     result = attrbox.compare(model, x, entries, progress=False)
     for method, maps in result.items():

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attrbox.engine.linearity import name_of
+from attrbox.core.results import Operated
+from attrbox.engine.operations.linearity import name_of
 from attrbox.engine.recorder import Recorder, forward
-from attrbox.shapes import Operated
 
 
 class Drawn:

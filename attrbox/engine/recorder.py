@@ -24,15 +24,19 @@ from torch.autograd.graph import GradientEdge
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
+from attrbox.core.half_precision import HALF, wide
+from attrbox.core.memory import is_out_of_memory
+from attrbox.core.outputs import tensors
+from attrbox.core.results import Operated
 from attrbox.engine.batch_norm import batch_norm_of
-from attrbox.engine.decompositions import parts_of
+from attrbox.engine.feature_maps import CONVOLUTIONS, Follower, Grid
 from attrbox.engine.folding import Unfolded
-from attrbox.engine.grids import CONVOLUTIONS, Follower, Grid
-from attrbox.engine.layers import Pairs, layer_of, with_batch_norm
-from attrbox.engine.linear import LinearCalls, own
-from attrbox.engine.linearity import argument, flat, is_activation, is_decision, is_linear, name_of
-from attrbox.engine.operation import Operation, Parts
-from attrbox.engine.operations import interpret
+from attrbox.engine.linear_maps import LinearCalls, own
+from attrbox.engine.operations.decompositions import parts_of
+from attrbox.engine.operations.layers import Pairs, layer_of, with_batch_norm
+from attrbox.engine.operations.linearity import argument, flat, is_activation, is_decision, is_linear, name_of
+from attrbox.engine.operations.operation import Operation, Parts
+from attrbox.engine.operations.table import interpret
 from attrbox.engine.site import ACTIVATIONS, LAYERS, Gradients, Rule, Site, asked
 from attrbox.errors import (
     ForwardError,
@@ -42,10 +46,6 @@ from attrbox.errors import (
     UnsupportedModelError,
     near_miss,
 )
-from attrbox.half import HALF, wide
-from attrbox.memory import is_out_of_memory
-from attrbox.outputs import tensors
-from attrbox.shapes import Operated
 
 # Linear layers, where only one of the factors depends on the images.
 _LINEAR_LAYERS = frozenset({"linear", "matmul", "rmatmul", "addmm", "baddbmm", "bmm", "mm", "einsum"})

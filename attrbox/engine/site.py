@@ -14,8 +14,8 @@ from typing import Any, ClassVar, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
+from attrbox.core.memory import is_out_of_memory
 from attrbox.errors import AttrboxError, RuleError
-from attrbox.memory import is_out_of_memory
 
 Gradients: TypeAlias = "Tensor | tuple[Tensor, ...]"
 T = TypeVar("T")

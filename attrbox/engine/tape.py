@@ -8,8 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
-from attrbox.engine.graph import between, last_on_the_way, on_the_way, ways_around
-from attrbox.engine.grids import Grid
+from attrbox.core.half_precision import autocasting, wide
+from attrbox.core.outputs import mapped, tensors
+from attrbox.core.results import Coverage, Operated
+from attrbox.engine.autograd_graph import between, last_on_the_way, on_the_way, ways_around
+from attrbox.engine.feature_maps import Grid
 from attrbox.engine.recorder import Recorder, Reference, Replaying, checkpointed, forward, written_over
 from attrbox.engine.site import LAYERS, Rule, Site, asked
 from attrbox.errors import (
@@ -19,9 +22,6 @@ from attrbox.errors import (
     RuleError,
     UnsupportedModelError,
 )
-from attrbox.half import autocasting, wide
-from attrbox.outputs import mapped, tensors
-from attrbox.shapes import Coverage, Operated
 
 
 class Tape:
@@ -215,7 +215,8 @@ def record(
     """Run `model` on `images` once, so that it can be replayed under each of `rules`.
 
     Without rules and layers nothing is intercepted and the forward pass is the native one. The model's parameters
-    should not require gradients meanwhile (`attrbox.guard.untouched`): what requires one is taken for an activation.
+    should not require gradients meanwhile (`attrbox.core.model_state.untouched`): what requires one is taken for an
+    activation.
 
     Args:
         model: the model, which gets a copy of the images, so that it may write into it.

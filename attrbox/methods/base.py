@@ -8,8 +8,8 @@
         def attribute(self, run):
             return run.gradient().abs() ** self.power
 
-`run` (`attrbox.methods.run.Run`) holds a chunk of images and computes each shared quantity once, so that methods that
-ask for the same one share it.
+`run` (`attrbox.methods.context.run.Run`) holds a chunk of images and computes each shared quantity once, so that
+methods that ask for the same one share it.
 """
 
 import dataclasses
@@ -24,15 +24,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from attrbox.dense import dense
+from attrbox.core.dense_tensors import dense
+from attrbox.core.fills import FILLS
+from attrbox.core.registry import Registry, as_dataclass
+from attrbox.core.results import ChannelReduction, Coverage
 from attrbox.engine.site import Rule
 from attrbox.errors import OptionError, shown
-from attrbox.perturbations import FILLS
-from attrbox.registry import Registry, as_dataclass
-from attrbox.shapes import ChannelReduction, Coverage
 
 if TYPE_CHECKING:
-    from attrbox.methods.run import Run
+    from attrbox.methods.context.run import Run
 
 
 class _Required:
@@ -193,7 +193,7 @@ class Spec(Generic[B]):
 
 @dataclass(frozen=True)
 class MethodSpec(Spec[Method]):
-    """The record of a method. `attrbox.methods["deeplift"].options` lists what can be set."""
+    """The record of a method. `attrbox.method_registry["deeplift"].options` lists what can be set."""
 
     kind: ClassVar[str] = "method"
 
@@ -274,7 +274,7 @@ def _short(value: object) -> str:
     return f"tensor{list(value.shape)}" if isinstance(value, Tensor) else str(value)
 
 
-methods: Registry[MethodSpec] = Registry("method", "attrbox.methods")
+method_registry: Registry[MethodSpec] = Registry("method", "attrbox.methods")
 
 M = TypeVar("M", bound=type[Method])
 
@@ -304,12 +304,13 @@ def register_method(
             options that are given win over it.
 
     Raises:
-        OptionError: a name is blank, or the class is none that can be registered (`attrbox.registry.as_dataclass`).
+        OptionError: a name is blank, or the class is none that can be registered
+            (`attrbox.core.registry.as_dataclass`).
         DuplicateNameError: the name or an alias is taken.
     """
 
     def enter(cls: M) -> M:
-        methods.check_names(name, aliases)
+        method_registry.check_names(name, aliases)
         as_dataclass(cls, Method)
         known = presets or {}
 
@@ -320,7 +321,7 @@ def register_method(
 
         build: Callable[..., Method] = from_preset if known else cls
         infos = option_infos(cls)
-        methods.add(MethodSpec(name, build, summary, reference, infos, aliases, reduction, units, only_for))
+        method_registry.add(MethodSpec(name, build, summary, reference, infos, aliases, reduction, units, only_for))
         return cls
 
     return enter
@@ -332,7 +333,7 @@ def _adopt(name: str, loaded: Any) -> None:
     register_method(name, summary=summary, reference=f"plug-in {loaded.__module__}")(loaded)
 
 
-methods.adopt = _adopt
+method_registry.adopt = _adopt
 
 
 # ------------------------------------------------------------------------------------------------ checks of options

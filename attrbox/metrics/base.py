@@ -10,9 +10,9 @@
                 for label, heatmap in heatmaps.items()
             }
 
-A metric sees a chunk of images with the maps of all methods (`attrbox.metrics.study.Study`). What it wants to show the
-model it names beforehand, in `views`: so the metrics of a call share its batches. A metric that explains changed images
-or changed models calls `study.explain`.
+A metric sees a chunk of images with the maps of all methods (`attrbox.metrics.context.Study`). What it wants to show
+the model it names beforehand, in `views`: so the metrics of a call share its batches. A metric that explains changed
+images or changed models calls `study.explain`.
 """
 
 from abc import ABC, abstractmethod
@@ -22,12 +22,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, TypeVar
 
 from torch import Tensor
 
+from attrbox.core.registry import Registry, as_dataclass
 from attrbox.methods.base import Spec, option_infos
-from attrbox.registry import Registry, as_dataclass
 
 if TYPE_CHECKING:
+    from attrbox.metrics.context import Study, Views
     from attrbox.metrics.sources import Source
-    from attrbox.metrics.study import Study, Views
 
 Direction: TypeAlias = Literal["higher", "lower"]
 Need: TypeAlias = Literal["model", "masks", "methods"]
@@ -92,7 +92,7 @@ class Metric(ABC):
 
 @dataclass(frozen=True)
 class MetricSpec(Spec[Metric]):
-    """The record of a metric. `attrbox.metrics["morf"].options` lists what can be set."""
+    """The record of a metric. `attrbox.metric_registry["morf"].options` lists what can be set."""
 
     kind: ClassVar[str] = "metric"
 
@@ -100,7 +100,7 @@ class MetricSpec(Spec[Metric]):
     needs: frozenset[Need] = frozenset()
 
 
-metrics: Registry[MetricSpec] = Registry("metric", "attrbox.metrics")
+metric_registry: Registry[MetricSpec] = Registry("metric", "attrbox.metrics")
 
 M = TypeVar("M", bound=type[Metric])
 
@@ -118,22 +118,23 @@ def register_metric(
         aliases: other names.
 
     Raises:
-        OptionError: a name is blank, or the class is none that can be registered (`attrbox.registry.as_dataclass`).
+        OptionError: a name is blank, or the class is none that can be registered
+            (`attrbox.core.registry.as_dataclass`).
         DuplicateNameError: the name or an alias is taken.
     """
 
     def enter(cls: M) -> M:
-        metrics.check_names(name, aliases)
+        metric_registry.check_names(name, aliases)
         as_dataclass(cls, Metric)
-        metrics.add(MetricSpec(name, cls, summary, reference, option_infos(cls), aliases, better, cls.needs))
+        metric_registry.add(MetricSpec(name, cls, summary, reference, option_infos(cls), aliases, better, cls.needs))
         return cls
 
     return enter
 
 
 def list_metrics() -> list[str]:
-    """Names of all metrics, plug-ins included; `attrbox.metrics[name]` tells more about each."""
-    return list(metrics)
+    """Names of all metrics, plug-ins included; `attrbox.metric_registry[name]` tells more about each."""
+    return list(metric_registry)
 
 
 def _adopt(name: str, loaded: Any) -> None:
@@ -143,4 +144,4 @@ def _adopt(name: str, loaded: Any) -> None:
     register_metric(name, summary=summary, reference=f"plug-in {loaded.__module__}", better=better)(loaded)
 
 
-metrics.adopt = _adopt
+metric_registry.adopt = _adopt

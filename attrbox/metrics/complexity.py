@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from attrbox.metrics.base import Measurement, Metric, register_metric
-from attrbox.metrics.study import Study
+from attrbox.metrics.context import Study
 
 
 @dataclass(frozen=True, kw_only=True)

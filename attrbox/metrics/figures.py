@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from attrbox.errors import OptionError, shown
 from attrbox.metrics.scores import Score
-from attrbox.plots import save_figure
+from attrbox.visualization.plots import save_figure
 
 _TYPE, _SMALL = 9, 7.5
 _GREY = "#777777"

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from attrbox.core.atomic_files import whole_file
 from attrbox.errors import OptionError, UnknownNameError, near_miss
-from attrbox.files import whole_file
 from attrbox.metrics.figures import plot_scores
 from attrbox.metrics.scores import Score, as_array
 from attrbox.metrics.statistics import Paired, paired_tests

@@ -11,14 +11,14 @@ import h5py
 import torch
 from torch import Tensor, nn
 
-from attrbox.dense import dense
+from attrbox.core.dense_tensors import dense
+from attrbox.core.random_streams import numbers
+from attrbox.core.results import Attribution, ChannelReduction, Provenance
+from attrbox.data.maps.reader import MapsFile
+from attrbox.data.maps.schema import dataset_name, options_in, provenance_in
 from attrbox.errors import AttrboxError, InputError, shown
-from attrbox.hdf5 import dataset_name, options_in, provenance_in
-from attrbox.maps import MapsFile
-from attrbox.methods.base import methods as registry
-from attrbox.metrics.study import Explainer, Maps, Recipe
-from attrbox.seeds import numbers
-from attrbox.shapes import Attribution, ChannelReduction, Provenance
+from attrbox.methods.base import method_registry as registry
+from attrbox.metrics.context import Explainer, Maps, Recipe
 
 MapsLike: TypeAlias = "Mapping[str, Any] | MapsFile | h5py.File"
 # What makes maps again: a function, a method, or a method with its options.
@@ -105,7 +105,7 @@ def _check_one_target(label: str, scores: tuple[int, ...]) -> None:
 
 
 def _in_file(file: h5py.Group) -> dict[str, Source]:
-    """What `attrbox.hdf5.write_maps` wrote."""
+    """What `attrbox.data.maps.schema.write_maps` wrote."""
     if "maps" not in file or "samples" not in file:
         raise InputError("Expected a file that attrbox wrote, with /maps and /samples, got another.")
     samples = file["samples"]

@@ -45,7 +45,7 @@ from torch import Tensor
 
 from attrbox.engine.site import ELEMENTWISE, KINDS, LAYERS, Gradients, Rule, Site
 from attrbox.errors import OptionError, shown
-from attrbox.rules.norms import normed, weighted
+from attrbox.rules.lrp.norms import normed, weighted
 
 _JUMPING = frozenset("hardshrink threshold".split())
 _KINKED = frozenset("relu relu6 leaky_relu prelu hardtanh hardsigmoid abs softshrink elu selu celu hardswish".split())

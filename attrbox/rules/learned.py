@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attrbox.core.registry import Parts
 from attrbox.engine.site import ACTIVATIONS, Gradients, Rule, Site
 from attrbox.errors import RuleError
-from attrbox.registry import Parts
 
 
 @dataclass(frozen=True)

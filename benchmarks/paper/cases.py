@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import attrbox
+from attrbox.data.models import LoadedModel, load_model
 from attrbox.metrics.training import Trainer, accuracy, train
-from attrbox.models import LoadedModel, load_model
 from paper.kept import Kept, digest
 
 # Maps are made and kept so many at a time.

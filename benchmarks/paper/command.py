@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from attrbox.files import whole_file
-from attrbox.memory import keep_pages
+from attrbox.core.atomic_files import whole_file
+from attrbox.core.memory import keep_pages
 from paper.cost import cost
 from paper.curves import fig5
 from paper.kept import Kept

@@ -6,7 +6,7 @@ from typing import Any
 
 from PIL import Image
 
-from attrbox.files import whole_file
+from attrbox.core.atomic_files import whole_file
 from attrbox.metrics.results import write_csv
 
 # A figure that is larger than so many bytes gets a palette.

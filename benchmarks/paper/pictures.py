@@ -8,9 +8,9 @@ import torch
 from learned_quality import side_by_side
 from torch import Tensor
 
-from attrbox.models import LoadedModel
-from attrbox.plots import plot_comparison
-from attrbox.shapes import Attribution, Coverage
+from attrbox.core.results import Attribution, Coverage
+from attrbox.data.models import LoadedModel
+from attrbox.visualization.plots import plot_comparison
 from paper.cases import Case, Photographs, photographs
 from paper.curves import maps_of
 from paper.methods import GRADIENTS, LEARNED, Chosen, masks

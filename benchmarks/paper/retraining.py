@@ -7,7 +7,7 @@ import cifar10
 from torch import Tensor
 
 import attrbox
-from attrbox.metrics.roar import Labelled
+from attrbox.metrics.faithfulness.roar import Labelled
 from attrbox.metrics.training import ModelFactory, Trainer
 from paper.cases import Case, cifar, cifar_data, mnist, mnist_data, mnist_network
 from paper.kept import digest

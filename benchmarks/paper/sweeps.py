@@ -9,7 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from attrbox.metrics.results import Evaluation
-from attrbox.plots import save_figure
+from attrbox.visualization.plots import save_figure
 from paper.cases import cifar
 from paper.curves import maps_of, scores_of
 from paper.methods import Chosen

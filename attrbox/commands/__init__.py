@@ -1,1 +1,0 @@
-"""The larger commands, one a module; `attrbox.cli` puts them together."""

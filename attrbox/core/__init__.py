@@ -1,0 +1,1 @@
+"""What everything else stands on: results, targets, random numbers, memory, files."""

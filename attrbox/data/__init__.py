@@ -1,0 +1,1 @@
+"""Images, models, samples and labels, and the files of maps."""

@@ -1,0 +1,1 @@
+"""Files of maps: their schema, reading, writing, journals, and merging."""

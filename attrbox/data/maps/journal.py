@@ -1,0 +1,342 @@
+"""A file that changes from one committed state to the next, whatever happens in between.
+
+`Transactions` is a file object, for instance for `h5py.File(Transactions(journal), "r+")`. What is written beyond the
+end of the committed state goes to the file at once, since nothing committed refers to it. What would change committed
+bytes waits in memory until `commit`, which
+
+    1. makes the new bytes at the end durable,
+    2. writes the changed ones into a journal beside the file, `NAME.journal`, with a checksum, and makes that durable,
+    3. applies them, makes that durable, and empties the journal.
+
+So after a crash (of the process, of the machine, of a full disk) the file holds the state before, or the journal all
+that is missing to the one after, which the next to open it applies. The journal is locked as long as somebody writes,
+and gone afterwards: a second writer is refused, and a dead one leaves no lock behind.
+"""
+
+import errno
+import hashlib
+import io
+import os
+import struct
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+from attrbox.core.atomic_files import as_path, settle, whole_file
+from attrbox.errors import BusyError, FileError
+
+if sys.platform != "win32":
+    import fcntl
+
+_PAGE = 4096
+_MAGIC = b"attrbox journal\n"
+_HEAD = struct.Struct("<QQ")  # size of the file, number of pages
+_ENTRY = struct.Struct("<QQ")  # offset, length
+
+
+class Journal:
+    """The right to write a file, which need not exist yet: `with Journal(path) as journal: ...`.
+
+    Raises:
+        BusyError: another process or object has it.
+        FileError: the folder cannot be written.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = as_path(path)
+        self._file = _lock(self.path)
+
+    def write(self, size: int, pages: Mapping[int, bytes]) -> None:
+        """Make durable that the file shall have this size and, at these offsets, these bytes."""
+        entries = [_ENTRY.pack(offset, len(page)) + page for offset, page in sorted(pages.items())]
+        content = _HEAD.pack(size, len(pages)) + b"".join(entries)
+        try:
+            self.clear()
+            _write_all(self._file, memoryview(_MAGIC + content + hashlib.sha256(content).digest()))
+            os.fsync(self._file.fileno())
+        except OSError:
+            self.clear()
+            raise
+
+    def apply(self, file: IO[bytes]) -> None:
+        """Do to the file what is written here, if that is whole; if it is not, it belongs to no commit."""
+        self._file.seek(0)
+        text = self._file.read()
+        content, digest = text[len(_MAGIC) : -32], text[-32:]
+        if text.startswith(_MAGIC) and hashlib.sha256(content).digest() == digest:
+            size, pages = _HEAD.unpack_from(content)
+            place = _HEAD.size
+            for _ in range(pages):
+                offset, length = _ENTRY.unpack_from(content, place)
+                place += _ENTRY.size
+                file.seek(offset)
+                _write_all(file, memoryview(content)[place : place + length])
+                place += length
+            os.ftruncate(file.fileno(), size)
+            os.fsync(file.fileno())
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget what is written here."""
+        os.ftruncate(self._file.fileno(), 0)
+
+    def forget(self) -> None:
+        """Do to the file what is written here, and forget it durably: it must never be done to another in its place."""
+        if os.fstat(self._file.fileno()).st_size and self.path.exists():
+            with open(self.path, "r+b", buffering=0) as file:
+                self.apply(file)
+        self.clear()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Give the right back."""
+        if not self._file.closed:
+            if os.fstat(self._file.fileno()).st_size == 0:  # removed while it is locked: it is nobody else's
+                with suppress(OSError):
+                    os.unlink(journal_of(self.path))
+            self._file.close()
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+class Transactions(io.RawIOBase):
+    """The journal's file, which exists, open for reading and writing; it changes by `commit` alone.
+
+    A write that fails is told by `commit`. Libraries write also while they put objects away, where nobody hears of an
+    exception.
+
+    Raises:
+        FileError: the file cannot be opened for writing.
+    """
+
+    def __init__(self, journal: Journal) -> None:
+        super().__init__()
+        self._discarding = True
+        try:
+            self._file = open(journal.path, "r+b", buffering=0)  # noqa: SIM115 - as long as this object
+            try:
+                journal.apply(self._file)
+            except BaseException:
+                self._file.close()
+                raise
+        except BaseException as error:
+            super().close()
+            if isinstance(error, OSError):
+                raise _cannot("write", journal.path, error) from error
+            raise
+        self._journal = journal
+        self._committed = self._size = os.fstat(self._file.fileno()).st_size
+        self._pages: dict[int, bytearray] = {}  # changed ones of the committed state, by number
+        self._place = 0
+        self._discarding = False
+        self._error: OSError | None = None
+
+    def commit(self) -> None:
+        """Make all that was written the state of the file.
+
+        Raises:
+            OSError: it cannot be done, as of a full disk; the file keeps the state of the last commit.
+        """
+        if self._error:
+            raise self._error
+        os.fsync(self._file.fileno())
+        changed = bool(self._pages) or self._size < self._committed
+        if changed:
+            self._journal.write(self._size, {number * _PAGE: bytes(page) for number, page in self._pages.items()})
+        self._committed = self._size  # from here on, even if the rest is left to whoever opens the file next
+        self._pages.clear()
+        if changed:
+            self._journal.apply(self._file)
+
+    def discard(self) -> None:
+        """Ignore what is still to be written, and never commit what was written since the last time."""
+        self._discarding = True
+
+    def close(self) -> None:
+        """Close the file; what was not committed is lost."""
+        if not self.closed:
+            self.discard()
+            with suppress(OSError):
+                os.ftruncate(self._file.fileno(), self._committed)
+            self._file.close()
+            super().close()
+
+    # ----------------------------------------------------------------------------------------------- a raw file object
+
+    def readable(self) -> bool:
+        return True
+
+    def writable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._place = offset + (0, self._place, self._size)[whence]
+        return self._place
+
+    def tell(self) -> int:
+        return self._place
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")
+        start, stop = self._place, max(self._place, min(self._place + len(view), self._size))
+        self._file.seek(start)
+        view[: stop - start] = _read_all(self._file, stop - start)
+        for number in range(start // _PAGE, -(-stop // _PAGE)):
+            if page := self._pages.get(number):
+                origin = number * _PAGE
+                first, last = max(start, origin), max(start, min(stop, origin + len(page)))
+                view[first - start : last - start] = page[first - origin : last - origin]
+        self._place = stop
+        return stop - start
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        held = max(0, min(len(view), self._committed - self._place))
+        with self._attempt() as able:
+            if able and held:
+                self._hold(self._place, view[:held])
+            if able and held < len(view):
+                self._file.seek(self._place + held)
+                _write_all(self._file, view[held:])
+        self._size = max(self._size, self._place + len(view))
+        self._place += len(view)
+        return len(view)
+
+    def truncate(self, size: int | None = None) -> int:
+        size = self._place if size is None else size
+        with self._attempt() as able:
+            if able:
+                os.ftruncate(self._file.fileno(), max(size, self._committed))
+        self._size = size
+        return size
+
+    @contextmanager
+    def _attempt(self) -> Iterator[bool]:
+        """Whether to write at all; an error is kept for the next commit, before which nothing more is written."""
+        try:
+            yield not self._discarding
+        except OSError as error:
+            self._error, self._discarding = error, True
+
+    def _hold(self, start: int, view: memoryview) -> None:
+        """Keep changes of committed bytes for the next commit."""
+        stop = start + len(view)
+        for number in range(start // _PAGE, -(-stop // _PAGE)):
+            origin = number * _PAGE
+            if number not in self._pages:
+                self._file.seek(origin)
+                self._pages[number] = bytearray(_read_all(self._file, min(_PAGE, self._committed - origin)))
+            first, last = max(start, origin), min(stop, origin + _PAGE)
+            self._pages[number][first - origin : last - origin] = view[first - start : last - start]
+
+
+@contextmanager
+def replacing(path: str | Path, overwrite: bool) -> Iterator[Path]:
+    """A new file in the place of `path`, as `attrbox.core.atomic_files.whole_file`, unless somebody is writing the
+    one there.
+
+    Raises:
+        BusyError: another process or object is writing it.
+        FileError: as for `whole_file`.
+    """
+    with Journal(path) as journal, whole_file(path, overwrite, locked=True) as part:
+        yield part
+        journal.forget()
+
+
+def recover(path: str | Path) -> None:
+    """Finish a commit that was interrupted; does nothing if there is none, or while a living process is writing.
+
+    Raises:
+        FileError: there is one, and the file cannot be written.
+    """
+    journal = journal_of(path)
+    if journal.exists() and journal.stat().st_size and not is_being_written(path):
+        with Journal(path) as right:
+            Transactions(right).close()
+
+
+def is_being_written(path: str | Path) -> bool:
+    """Whether some process has the right to write the file."""
+    try:
+        with open(journal_of(path), "rb") as journal:
+            return not _locked(journal)
+    except OSError:
+        return False
+
+
+def journal_of(path: str | Path) -> Path:
+    """Where the journal of a file is."""
+    path = as_path(path)
+    return path.with_name(path.name + ".journal")
+
+
+def _lock(path: Path) -> IO[bytes]:
+    """The journal of a file, open and locked."""
+    while True:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            journal = open(journal_of(path), "a+b", buffering=0)  # noqa: SIM115
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+            raise _cannot("write beside", path, error) from error
+        try:
+            if not _locked(journal):
+                raise BusyError(
+                    f"{str(path)!r} is being written by another process. Wait for it, stop it, or choose another path."
+                )
+            if _is_still(journal, journal_of(path)):  # not removed by its last owner before we locked it
+                settle(path.parent)
+                return journal
+        except BaseException:
+            journal.close()
+            raise
+        journal.close()
+
+
+def _locked(journal: IO[bytes]) -> bool:
+    """Try to lock an open file until it is closed."""
+    if sys.platform == "win32":  # which lets nobody remove or replace what another has open
+        return True
+    try:
+        fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            return False
+        raise FileError(
+            f"Cannot lock {journal.name!r} ({error.strerror}), so another process could write the same file. Choose a "
+            "path on a file system with locks."
+        ) from error
+    return True
+
+
+def _is_still(file: IO[bytes], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _write_all(file: IO[bytes], view: memoryview) -> None:
+    while len(view):
+        view = view[file.write(view) :]
+
+
+def _read_all(file: IO[bytes], size: int) -> bytes:
+    parts = []
+    while size and (part := file.read(size)):
+        parts.append(part)
+        size -= len(part)
+    return b"".join(parts)
+
+
+def _cannot(what: str, path: Path, error: Exception) -> FileError:
+    return FileError(f"Cannot {what} {str(path)!r} ({error}). Check its folder, permissions and free space.")

@@ -1,0 +1,207 @@
+"""Convolutions, linear layers and batch-norms as sites, for rules that treat their weights.
+
+They become sites only if a rule of the recording asks for their kinds. A product with a constant matrix, x @ w, is a
+linear layer, and so is addmm with a constant vector. An evaluation-mode batch-norm behind one belongs
+to it:
+
+    bn(conv(x; w, b)) = conv(x; w s, b s + t)
+
+so that such rules need no canonizer: where the batch-norm's input is the layer's output, the two are one site, from the
+layer's input to the batch-norm's output. That holds for transposed convolutions too. A batch-norm behind anything else,
+or along another axis than the layer's outputs, is a layer of its own, y = s x + t channel by channel. The forward pass
+computes what the model asked for, bit for bit.
+
+Rules that treat a layer and the activation behind it as one ask for pairs: where a layer's output goes into one
+activation and nowhere else, each site names the other (`Pairs`).
+"""
+
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from attrbox.engine.batch_norm import SPELLINGS, batch_norm_of
+from attrbox.engine.operations.elementwise import spellings
+from attrbox.engine.operations.linearity import argument, is_activation
+from attrbox.engine.operations.operation import Function, Operation
+from attrbox.engine.site import Site
+
+_KINDS: dict[Function, str] = {
+    **dict.fromkeys((torch.conv1d, torch.conv2d, torch.conv3d), "convolution"),
+    **dict.fromkeys((torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d), "convolution"),
+    F.linear: "linear",
+}
+_MATRIX_PRODUCTS = frozenset({*spellings("matmul", "mm"), Tensor.__matmul__, torch.linalg.matmul})
+_ADDMM = frozenset({torch.addmm, Tensor.addmm})
+
+
+def layer_of(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operation | None:
+    """The layer behind an intercepted call: an activation, a constant weight, a constant bias or none."""
+    if function in SPELLINGS:
+        return _batch_norm(function, args, kwargs)
+    if function in _MATRIX_PRODUCTS or function in _ADDMM:
+        return _matrix_product(function, args, kwargs)
+    kind = _KINDS.get(function)
+    if kind is None:
+        return None
+    names = ("input", "weight", "bias")
+    x, weight, bias = (argument(args, kwargs, place, name, None) for place, name in enumerate(names))
+    if not is_activation(x) or is_activation(weight) or is_activation(bias):
+        return None
+    rest, others = args[3:], {name: value for name, value in kwargs.items() if name not in names}
+
+    def apply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
+        return function(x, weight, bias, *rest, **others)
+
+    groups = 0  # not turned
+    if kind == "convolution" and "transpose" in function.__name__:
+        groups = argument(args, kwargs, 6, "groups", 1)
+    axis = -1 if kind == "linear" else 1 - weight.dim()
+    return _layer(kind, x, lambda x: apply(x, weight, bias), apply, weight, bias, axis, groups)
+
+
+def _batch_norm(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operation | None:
+    norm = batch_norm_of(function, args, kwargs)
+    affine = norm.affine if norm else None
+    if norm is None or affine is None or not is_activation(norm.input) or not norm.constant:
+        return None
+    x = norm.input
+    channels = (1, -1, *(1,) * (x.dim() - 2))
+
+    def apply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        scaled = x * weight.view(channels)
+        return scaled if bias is None else scaled + bias.view(channels)
+
+    return _layer("batch_norm", x, _with_input(function, args, kwargs), apply, *affine, 1 - x.dim())
+
+
+def _matrix_product(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operation | None:
+    """x @ w with a constant matrix w, or addmm(b, x, w) with a constant vector b: a linear layer."""
+    names = ("input", "mat1", "mat2") if function in _ADDMM else ("input", "other")
+    *addends, x, matrix = (argument(args, kwargs, place, name, None) for place, name in enumerate(names))
+    options = {name: value for name, value in kwargs.items() if name not in names}
+    fits = isinstance(matrix, Tensor) and matrix.dim() == 2 and is_activation(x) and x.dim() > 1
+    if not fits or any(map(is_activation, (matrix, *addends))) or not set(options) <= {"beta", "alpha"}:
+        return None
+    beta, alpha = options.get("beta", 1), options.get("alpha", 1)
+    weight = matrix.mT if alpha == 1 else alpha * matrix.mT
+    bias = beta * addends[0].expand(1, len(weight))[0] if addends and beta else None
+    return _layer("linear", x, lambda x: function(*addends, x, matrix, **options), F.linear, weight, bias, -1)
+
+
+def _with_input(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Function:
+    """A call as a function of its input."""
+    rest = {name: value for name, value in kwargs.items() if name != "input"}
+    return lambda x: function(x, *args[1:], **rest)
+
+
+def _layer(
+    kind: str,
+    x: Tensor,
+    run: Function,
+    apply: Function,
+    weight: Tensor,
+    bias: Tensor | None,
+    axis: int,
+    groups: int = 0,
+    joined: bool = False,
+) -> Operation:
+    options = {"apply": apply, "weight": weight, "bias": bias, "nonnegative": _is_nonnegative(x), "axis": axis}
+    options |= {"turned": groups, "joined": joined}
+    return Operation(kind, (x,), run, lambda x: apply(x, weight, bias), options=options)
+
+
+def with_batch_norm(
+    layer: Operation, output: Tensor, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Operation | None:
+    """A layer and the batch-norm that takes its output, as one; None if the call is no such batch-norm."""
+    norm = batch_norm_of(function, args, kwargs)
+    affine = norm.affine if norm else None
+    if norm is None or affine is None or norm.input is not output or not norm.constant:
+        return None
+    axis, groups = layer.options["axis"], layer.options["turned"]
+    if output.dim() + axis != 1:  # a batch-norm's channels are axis 1, a linear layer's outputs the last one
+        return None
+    (scale, shift), bias = affine, layer.options["bias"]
+    run = _with_input(function, args, kwargs)
+    return _layer(
+        layer.kind,
+        layer.inputs[0],
+        lambda x: run(output.detach()),
+        layer.options["apply"],
+        _scaled(layer.options["weight"], scale, groups),
+        shift if bias is None else bias * scale + shift,
+        axis,
+        groups,
+        joined=True,
+    )
+
+
+def _scaled(weight: Tensor, scale: Tensor, groups: int) -> Tensor:
+    """Weights with each output scaled by s [C]: [C, ...], or of a transposed convolution [inputs, C / groups, ...]."""
+    if not groups:
+        return weight * scale.view(-1, *(1,) * (weight.dim() - 1))
+    by_group = weight.view(groups, -1, *weight.shape[1:]) * scale.view(groups, 1, -1, *(1,) * (weight.dim() - 2))
+    return by_group.flatten(0, 1)
+
+
+class Pairs:
+    """Finds the layers whose output goes into one activation and nowhere else, call by call."""
+
+    def __init__(self) -> None:
+        self._unused: dict[int, tuple[weakref.ref[Tensor], int, Site]] = {}  # by the output's identity: version, layer
+        self._paired: dict[int, tuple[weakref.ref[Tensor], Site, Site]] = {}  # likewise: layer, activation
+
+    def made(self, output: Tensor, layer: Site) -> None:
+        """A layer has run."""
+        self._unused[id(output)] = weakref.ref(output), output._version, layer
+
+    def layer_of(self, x: Tensor) -> Site | None:
+        """The layer whose output, not used yet, an activation is about to take."""
+        found, version, layer = self._unused.get(id(x), (None, 0, None))
+        return layer if found is not None and found() is x and x._version == version else None
+
+    def pair(self, layer: Site, activation: Site, x: Tensor, result: Tensor) -> None:
+        """It has taken it."""
+        layer.options["activation"], activation.options["layer"] = activation, layer.kind
+        found, *_ = self._unused.pop(id(x))
+        if result is not x:  # in place, nobody else can take it any more
+            self._paired[id(x)] = found, layer, activation
+
+    def used(self, tensors: Iterable[Any]) -> None:
+        """Something else has taken these."""
+        for tensor in tensors:
+            self._unused.pop(id(tensor), None)
+            found, layer, activation = self._paired.get(id(tensor), (None, None, None))
+            if found is not None and found() is tensor and layer is not None and activation is not None:
+                del self._paired[id(tensor)], layer.options["activation"], activation.options["layer"]
+
+
+# Autograd's names of operations whose outputs have the signs of their inputs.
+_KEEPING = frozenset(
+    f"{name}Backward"
+    for name in """
+    View UnsafeView ReshapeAlias Expand Unsqueeze Squeeze Permute Transpose T Clone Alias Mean AvgPool2D AvgPool3D
+    AdaptiveAvgPool2D AdaptiveAvgPool3D MkldnnAdaptiveAvgPool2D MaxPool2DWithIndices MaxPool3DWithIndices
+    AdaptiveMaxPool2D AdaptiveMaxPool3D Cat
+    """.split()
+)
+
+
+def _is_nonnegative(x: Tensor) -> bool:
+    """Whether what made an activation leaves nothing below 0, as far as can be told without looking at values."""
+    todo = [x.grad_fn]
+    while todo:
+        node = todo.pop()
+        site = getattr(node, "site", None)
+        options = site.options if isinstance(site, Site) else {}
+        if options.get("floor", -1) >= 0:
+            continue
+        keeping = type(node).__name__.rstrip("0123456789") in _KEEPING
+        if not (keeping or (isinstance(site, Site) and site.kind == "max_pool")):
+            return False
+        todo.extend(following for following, _ in node.next_functions)  # type: ignore[union-attr]
+    return True

@@ -1,0 +1,132 @@
+"""Readers of operations on two activations: products, quotients, matrix products, the larger of two."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from attrbox.engine.operations.elementwise import spellings
+from attrbox.engine.operations.linearity import argument, is_activation, product_of
+from attrbox.engine.operations.operation import Function, Operation, Reader, split, writes_in_place
+from attrbox.engine.site import GATES, Gradients, Site
+
+
+def _product(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operation | None:
+    first, rest, kwargs = split(args, kwargs)
+    second = argument(rest, kwargs, 0, "other", None)
+    if not (is_activation(first) and is_activation(second)) or kwargs.get("out") is not None:
+        return None
+    gates = (_is_gate(first), _is_gate(second))
+    writes = writes_in_place(function, rest, kwargs)
+    return Operation("product", (first, second), function, torch.mul, writes, options={"gates": gates})
+
+
+def _is_gate(factor: Tensor) -> bool:
+    """Whether a sigmoid made the factor, or its complement 1 - gate; recorded or native, up to changes of its shape."""
+    node = factor.grad_fn
+    while node is not None:
+        name = type(node).__name__.rstrip("0123456789")
+        makers = [following for following, _ in node.next_functions]
+        if name in _RESHAPING or (name == "RsubBackward" and makers[1:] in ([], [None])):
+            node = makers[0]
+        elif name == "SubBackward" and makers[0] is None:
+            node = makers[1]
+        else:
+            break
+    site = getattr(node, "site", None)
+    if isinstance(site, Site):
+        return site.kind in GATES
+    return type(node).__name__ in ("SigmoidBackward0", "HardsigmoidBackward0")
+
+
+# Autograd's names of operations that change no value.
+_RESHAPING = frozenset(
+    f"{name}Backward"
+    for name in "View UnsafeView ReshapeAlias Expand Unsqueeze Squeeze Permute Transpose T Clone Alias".split()
+)
+
+
+def _quotient(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operation | None:
+    """a / b with an activation b; of a number a, the reciprocal is a power of b."""
+    above, rest, kwargs = split(args, kwargs)
+    below = argument(rest, kwargs, 0, "other", None)
+    if function in _TURNED:
+        above, below = below, above
+    if not is_activation(below) or kwargs.get("out") is not None or kwargs.get("rounding_mode") is not None:
+        return None
+    if not isinstance(above, Tensor):
+        return Operation("power", (below,), lambda b: above / b, lambda b: above / b)
+    if not above.is_floating_point():
+        return None
+    writes = writes_in_place(function, rest, kwargs)
+    run = function if writes else torch.div
+    return Operation("quotient", (above, below), run, torch.div, writes, options={"constant": not is_activation(above)})
+
+
+_TURNED = frozenset({Tensor.__rtruediv__, Tensor.__rdiv__})
+
+
+def _bilinear(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operation | None:
+    """A call that is linear in each of two activations, wherever in its arguments they are, and adds nothing."""
+    if function is torch.einsum and len(args) == 2 and isinstance(args[1], tuple | list):
+        args = (args[0], *args[1])
+    values = [*args, *kwargs.values()]
+    places = [place for place, value in enumerate(values) if is_activation(value)]
+    product = product_of(function)
+    if product is None or product.adds(args, kwargs) or len(places) != 2 or kwargs.get("out") is not None:
+        return None
+
+    def run(*factors: Tensor) -> Any:
+        filled = list(values)
+        for place, factor in zip(places, factors, strict=True):
+            filled[place] = factor
+        return function(*filled[: len(args)], **dict(zip(kwargs, filled[len(args) :], strict=True)))
+
+    first, second = (values[place] for place in places)
+    plain = function in _MATRIX_PRODUCTS and first.dim() > 1 and second.dim() > 1
+    return Operation("matmul", (first, second), run, run, pull=_matmul_pull if plain else None, pulls_from="input")
+
+
+def _matmul_pull(site: Site, grad_output: Tensor) -> Gradients:
+    first, second = site.inputs
+    return grad_output @ second.mT, first.mT @ grad_output
+
+
+_MATRIX_PRODUCTS = frozenset({*spellings("matmul", "mm", "bmm"), Tensor.__matmul__})
+
+
+def _extremum(sign: int) -> Reader:
+    """max(a, b) and min(a, b), element by element, for sign 1 and -1; one of the two may be constant."""
+
+    def read(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operation | None:
+        first, rest, kwargs = split(args, kwargs)
+        second = argument(rest, kwargs, 0, "other", None)
+        both = (first, second)
+        if not all(isinstance(t, Tensor) and t.is_floating_point() for t in both) or kwargs.get("out") is not None:
+            return None
+        if not any(is_activation(t) for t in both):
+            return None
+        run = torch.maximum if sign > 0 else torch.minimum
+        return Operation("maximum", both, run, run, options={"sign": sign})
+
+    return read
+
+
+READERS: dict[Reader, tuple[Function, ...]] = {
+    _product: (*spellings("mul", "multiply"), Tensor.__mul__, Tensor.__rmul__, Tensor.__imul__),
+    _quotient: (
+        *spellings("div", "divide", "true_divide"),
+        *(Tensor.__truediv__, Tensor.__rtruediv__, Tensor.__div__, Tensor.__rdiv__),
+        *(Tensor.__itruediv__, Tensor.__idiv__),
+    ),
+    _bilinear: (
+        *_MATRIX_PRODUCTS,
+        *spellings("mv", "dot", "vdot", "inner", "outer", "ger", "kron", "cross", "tensordot", "einsum", "bilinear"),
+        *(torch.linalg.matmul, torch.linalg.vecdot, torch.linalg.cross, F.linear, Tensor.__rmatmul__),
+        *(torch.conv1d, torch.conv2d, torch.conv3d),
+        *(torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d),
+    ),
+    _extremum(1): spellings("maximum", "max", "fmax"),
+    _extremum(-1): spellings("minimum", "min", "fmin"),
+}

@@ -1,0 +1,1 @@
+"""Methods of feature maps and of attention."""

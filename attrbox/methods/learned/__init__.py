@@ -1,0 +1,1 @@
+"""The learned propagation rule of Yang et al., ECCV 2020."""

@@ -1,0 +1,1 @@
+"""Methods that replay a propagation rule."""

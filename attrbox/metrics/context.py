@@ -1,0 +1,511 @@
+"""A study: a chunk of images with the maps of all methods, and what metrics may want to know, computed once.
+
+Metrics name the images that the model shall see (`Views`); `Study.scores_of` shows it all of them, cut into batches
+that do not care which metric, method or image a view belongs to.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Literal, TypeAlias, TypeVar, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from attrbox.core.fills import fill_images
+from attrbox.core.memory import backing_off
+from attrbox.core.outputs import Outputs
+from attrbox.core.random_streams import numbers, permutations
+from attrbox.core.results import ChannelReduction, Provenance
+from attrbox.core.targets import Target
+from attrbox.engine.folding import Unwatched
+from attrbox.engine.recorder import forward
+from attrbox.errors import InputError, OptionError
+from attrbox.methods.base import identity
+from attrbox.methods.base import method_registry as registry
+from attrbox.methods.comparison import compare
+from attrbox.methods.context.chunk import Settings
+from attrbox.methods.context.run import Run
+
+T = TypeVar("T")
+
+Scoring: TypeAlias = Literal["logit", "prob", "log_prob", "accuracy"]
+SCORINGS = ("logit", "prob", "log_prob", "accuracy")
+
+# Draws of a sample's stream of random numbers, apart from each other and from those that methods use.
+_TIES, _FILL = 2**40, 2**40 + 1
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a method of the registry made maps: its options, and the circumstances of the call."""
+
+    method: str
+    options: Mapping[str, Any]
+    provenance: Provenance = Provenance()
+
+    @property
+    def baseline(self) -> float | Tensor | None:
+        """What the image was compared with, or what hidden pixels showed: a number or a tensor; None if nothing was."""
+        spec = registry[self.method]
+        method = spec.create(self.options)
+        names = [info.name for info in spec.options if info.name in ("baseline", "fill")]
+        values = [getattr(method, name) for name in names]
+        return next((value for value in values if isinstance(value, int | float | Tensor)), None)
+
+
+# Makes maps [n, ...] in another way: (model, images [n, ...], class indices [n] or None, seeds of the images).
+ExplainFunction: TypeAlias = Callable[[nn.Module, Tensor, Tensor | None, Sequence[int]], Tensor]
+Explainer: TypeAlias = Recipe | ExplainFunction
+
+
+@dataclass(frozen=True, eq=False)
+class Maps:
+    """The maps of one method.
+
+    Attributes:
+        values: [n, C or 1, H, W], as the method made them; [n, D] for vectors.
+        reduction: how the channels become one map: their sum, or the largest.
+        explainer: makes them again, if that is possible.
+        expected: what each map should sum to, [n], as its method said when it made them.
+        score: what was explained, [n], in units of the model's output.
+    """
+
+    values: Tensor
+    reduction: ChannelReduction = "sum"
+    explainer: Explainer | None = None
+    expected: Tensor | None = None
+    score: Tensor | None = None
+
+    @cached_property
+    def heatmap(self) -> Tensor:
+        """The channels reduced as the method wants it, [n, H, W]."""
+        return self.pixels if self.reduction == "sum" else self.values.amax(1)
+
+    @cached_property
+    def pixels(self) -> Tensor:
+        """The sum over the channels, whatever the method's own reduction, [n, H, W]."""
+        return self.values.sum(1) if self.values.dim() > 2 else self.values
+
+
+@dataclass(frozen=True, eq=False)
+class Views:
+    """Images that the model shall see, made when their turn comes.
+
+    Attributes:
+        rows: of which image of the chunk each is a version, [count].
+        make: makes some of them, [m, ...], in the dtype of the images.
+        scoring: what is read from the output: the target's score as it is ("logit"), its softmax ("prob"), the
+            logarithm of that ("log_prob"), or 1 if it is the largest ("accuracy").
+    """
+
+    rows: Tensor
+    make: Callable[[slice], Tensor]
+    scoring: Scoring = "logit"
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+@dataclass(eq=False)
+class Study:
+    """One chunk. Metrics read it; the planner makes it and throws it away.
+
+    Attributes:
+        images: [n, C, H, W], or [n, D], [n, C, L], ...
+        maps: label -> maps of these images.
+        rows: which of the call's samples these are.
+        seeds: the random streams of these images, one each.
+        target: what is explained.
+        model: in evaluation mode; None if no metric asks for it.
+        indices: class indices [n, 1]; None for a target function, or if nobody knows the classes.
+        masks: object masks [h, w] of each image, of the images' size or of the photographs', if there are any.
+        per_pass: how many images a forward pass may take.
+        batch_size: images per pass that the caller asked for, if so.
+        channels_last: show [n, C, H, W] images in this memory format.
+        progress: called with the number of images that the model has seen.
+    """
+
+    images: Tensor
+    maps: Mapping[str, Maps]
+    rows: slice
+    seeds: Sequence[int]
+    target: Target
+    model: nn.Module | None = None
+    indices: Tensor | None = None
+    masks: Sequence[Tensor] | None = None
+    per_pass: int = 8
+    batch_size: int | None = None
+    channels_last: bool = True
+    progress: Callable[[int], None] = lambda images: None
+    _cache: dict[tuple[object, ...], object] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.model is not None and self.indices is None:
+            self.indices = self._resolved()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def shape(self) -> torch.Size:
+        """Height and width of the images; of vectors the one axis."""
+        return self.images.shape[2:] if self.images.dim() > 2 else self.images.shape[1:]
+
+    @property
+    def pixels(self) -> int:
+        """How many pixels an image has."""
+        return self.shape.numel()
+
+    @property
+    def classes(self) -> Tensor | None:
+        """The explained class of each image, [n], if known."""
+        return None if self.indices is None else self.indices[:, 0]
+
+    # ------------------------------------------------------------------------------------------------- random numbers
+
+    def numbers(self, draw: int, shape: Sequence[int], uniform: bool = False) -> Tensor:
+        """Standard normal numbers, or uniform ones in [0, 1), of each image's own stream, [n, *shape]."""
+        return numbers(self.seeds, draw, shape, self.images, uniform)
+
+    def permutations(self, draw: int, size: int) -> Tensor:
+        """A random order of `size` things from each image's own stream, [n, size]."""
+        return permutations(self.seeds, draw, size, self.images.device)
+
+    def fill(self, fill: float | str, sigma: float | None = None) -> Tensor:
+        """What removed pixels show, [1 or n, C, H, W]; see `attrbox.core.fills.fill_images`."""
+
+        def compute() -> Tensor:
+            return fill_images(self.images, fill, lambda: self.numbers(_FILL, self.images.shape[1:]), sigma)
+
+        return self.once(("fill", fill, sigma), compute)
+
+    # ------------------------------------------------------------------------------------------------------- rankings
+
+    def order(self, region: int = 1, most: int | None = None) -> tuple[Tensor, Tensor]:
+        """The pixels, or regions of `region` x `region` pixels, of each map from the largest value down and from the
+        smallest up: two tensors of indices [labels, n, cells], or at least the first `most` of both.
+
+        One order is the reverse of the other. Ties are broken at random: by the image's seed, and alike for all
+        methods. A region counts by its sum.
+        """
+
+        def compute() -> tuple[Tensor, Tensor]:
+            parts = [self._ordered(self.regions(maps.heatmap, region).flatten(1), most) for maps in self.maps.values()]
+            return torch.stack([first for first, _ in parts]), torch.stack([last for _, last in parts])
+
+        return self.once(("order", region, most), compute)
+
+    def _ordered(self, values: Tensor, most: int | None) -> tuple[Tensor, Tensor]:
+        """Both orders of values [n, cells]."""
+        cells = values.shape[1]
+        shuffled = self.once(("ties", cells), lambda: self.permutations(_TIES, cells))
+        if most is None or most > cells // 4 or values.dtype != torch.float32 or cells >= 2**31:
+            order = torch.sort(values.gather(1, shuffled), dim=1, descending=True, stable=True).indices
+            order = shuffled.gather(1, order)
+            return order, order.flip(1)
+        # The ends of the order alone are a fraction of the work. Each pixel gets a key of its own, so that these are
+        # the ends of one order: the bits of its value, which sort like integers, then its place in the shuffled order.
+        bits = (values + 0.0).view(torch.int32)  # adding zero makes -0 an ordinary zero
+        keys = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long() << 31
+        places = torch.arange(cells, device=values.device).expand_as(shuffled)
+        keys -= self.once(("tie places", cells), lambda: torch.empty_like(shuffled).scatter_(1, shuffled, places))
+        ends = (keys.topk(most, dim=1, largest=largest).indices for largest in (True, False))
+        first, last = ends
+        return first, last
+
+    def regions(self, heatmap: Tensor, region: int) -> Tensor:
+        """Sums over regions of `region` x `region` pixels, those at the right and lower border cut, [n, h, w].
+
+        Raises:
+            InputError: the images have no height and width.
+        """
+        if region == 1:
+            return heatmap
+        if heatmap.dim() != 3:
+            raise InputError(
+                f"Regions need images [N, C, H, W], got maps of shape {list(heatmap.shape)}. Set region=1."
+            )
+        height, width = heatmap.shape[1:]
+        padded = nn.functional.pad(heatmap, (0, -width % region, 0, -height % region))
+        down, across = padded.shape[1] // region, padded.shape[2] // region
+        return padded.view(len(padded), down, region, across, region).sum((2, 4))
+
+    def cells(self, region: int) -> int:
+        """How many regions an image has."""
+        return self.pixels if region == 1 else math.prod(-(-length // region) for length in self.shape)
+
+    def spread(self, cells: Tensor, region: int) -> Tensor:
+        """Cells [m, cells] as pixels that broadcast to images, [m, 1, H, W] ([m, D] for vectors)."""
+        if region > 1:
+            height, width = self.shape
+            grid = cells.view(len(cells), -1, -(-width // region))
+            grid = grid.repeat_interleave(region, 1).repeat_interleave(region, 2)
+            return grid[:, None, :height, :width]
+        return cells if self.images.dim() == 2 else cells.view(len(cells), 1, *self.shape)
+
+    @property
+    def by_pixel(self) -> Tensor:
+        """The images with the channels last, [n, H * W, C], from which batches in that memory format are made."""
+        return self.once(("by pixel",), lambda: self.images.flatten(2).transpose(1, 2).contiguous())
+
+    # ------------------------------------------------------------------------------------------------------ the model
+
+    @property
+    def outputs(self) -> Sequence[Outputs]:
+        """What the model says of the images themselves, pass by pass."""
+
+        def compute() -> list[Outputs]:
+            parts: list[Outputs] = []
+            while (start := sum(part.count for part in parts)) < len(self):
+
+                def work(size: int, start: int = start) -> Outputs:
+                    return self._forward(self.images[start : start + size])
+
+                part, self.per_pass = backing_off(self.per_pass, work)
+                parts.append(part)
+            return parts
+
+        return self.once(("outputs",), compute)
+
+    def _resolved(self) -> Tensor | None:
+        """The explained classes, [n, 1]; None for a target function."""
+        start, parts = 0, []
+        for part in self.outputs:
+            rows = slice(self.rows.start + start, self.rows.start + start + part.count)
+            parts.append(self.target.resolve(part, rows))
+            start += part.count
+        found = [indices for indices in parts if indices is not None]
+        return torch.cat(found) if found else None
+
+    def original(self, scoring: Scoring = "logit") -> Tensor:
+        """The score of each image itself, [n]."""
+
+        def compute() -> Tensor:
+            every = torch.arange(len(self), device=self.images.device)
+            rows = torch.split(every, [part.count for part in self.outputs])
+            return torch.cat([self._score(*each, scoring) for each in zip(self.outputs, rows, strict=True)])
+
+        return self.once(("original", scoring), compute)
+
+    def scores_of(self, requests: Sequence[Views]) -> list[Tensor]:
+        """The scores of some views, [count] each; all share their batches."""
+        total = sum(map(len, requests))
+        scores = [torch.empty(len(views), dtype=self.images.dtype, device=self.images.device) for views in requests]
+        start = 0
+        while start < total:
+
+            def work(size: int, start: int = start) -> int:
+                pieces = _pieces(requests, start, start + size)
+                images = [requests[index].make(part) for index, part in pieces]
+                outputs = self._forward(torch.cat(images) if len(images) > 1 else images[0])
+                rows = torch.cat([requests[index].rows[part] for index, part in pieces])
+                scorings = {requests[index].scoring for index, _ in pieces}
+                scored = {scoring: self._score(outputs, rows, scoring) for scoring in scorings}
+                done = 0
+                for index, part in pieces:
+                    count = part.stop - part.start
+                    scores[index][part] = scored[requests[index].scoring][done : done + count]
+                    done += count
+                return done
+
+            done, self.per_pass = backing_off(self.per_pass, work)
+            start += done
+            self.progress(done)
+        return scores
+
+    def _forward(self, images: Tensor) -> Outputs:
+        model = self.model
+        assert model is not None
+        if self.channels_last and images.dim() == 4:
+            images = images.contiguous(memory_format=torch.channels_last)
+        unwatched = self.once(("unwatched",), lambda: Unwatched(model))
+        with torch.no_grad():  # a copy for the model, which may write into it
+            returned = unwatched.run(images, lambda images: forward(model, images.clone()))
+        return Outputs(returned, len(images), torch.no_grad()(lambda: forward(model, torch.cat([images[:1]] * 2))))
+
+    def _score(self, outputs: Outputs, rows: Tensor, scoring: Scoring) -> Tensor:
+        indices = None if self.indices is None else self.indices[rows]
+        if scoring == "logit":
+            return self.target.score(outputs, indices)[:, 0].to(self.images.dtype)
+        if indices is None:
+            raise OptionError(
+                f"The score {scoring!r} needs classes, but the target is a function. Use score='logit', which is what "
+                "the function returns."
+            )
+        if scoring == "accuracy":
+            return (outputs.scores.argmax(1) == indices[:, 0]).to(self.images.dtype)
+        log = outputs.scores.log_softmax(1).gather(1, indices)[:, 0].to(self.images.dtype)
+        return log.exp() if scoring == "prob" else log
+
+    def explain(self, model: nn.Module, images: Tensor) -> dict[str, Maps]:
+        """The maps of all methods for other images, or another model, by label.
+
+        The target stays that of the study's images. Methods of the registry share their passes.
+
+        Raises:
+            InputError: the maps are not of the study's model, so that other maps cannot be compared with them.
+        """
+        explainers = {label: maps.explainer for label, maps in self.maps.items()}
+        made: dict[str, Tensor] = {}
+        recipes = [(label, one) for label, one in explainers.items() if isinstance(one, Recipe)]
+        self.once(("of this model",), lambda: self._check_model([label for label, _ in recipes]))
+        # One call for the methods whose maps were made alike.
+        for provenance in {_frozen(recipe.provenance): recipe.provenance for _, recipe in recipes}.values():
+            alike = {label: one for label, one in recipes if _frozen(one.provenance) == _frozen(provenance)}
+            made.update(self._compared(model, images, alike, provenance))
+        for label, one in explainers.items():
+            if callable(one):
+                with torch.enable_grad():
+                    made[label] = one(model, images, self.classes, self.seeds)
+        return {
+            label: replace(maps, values=_as_kept(made[label].detach().to(self.images), maps, label))
+            for label, maps in self.maps.items()
+        }
+
+    def _compared(
+        self, model: nn.Module, images: Tensor, recipes: Mapping[str, Recipe], made: Provenance
+    ) -> dict[str, Tensor]:
+        distinct = {_named(recipe): recipe for recipe in recipes.values()}
+        listed = [(recipe.method, self._own(recipe.options)) for recipe in distinct.values()]
+        compared = compare(
+            model,
+            images,
+            listed,
+            target=self.target.function if self.classes is None else self.classes,
+            seed=made.seed if isinstance(made.seed, int) else list(made.seed)[self.rows],
+            batch_size=self.batch_size,
+            precision=made.precision,
+            channels_last=made.channels_last,
+            progress=False,
+        )
+        maps = dict(zip(distinct, compared.values(), strict=True))
+        return {label: maps[_named(recipe)].values for label, recipe in recipes.items()}
+
+    def _own(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The options with the rows of these images, where a tensor has one for each of the call's."""
+        own = dict(options)
+        for name, value in options.items():
+            if isinstance(value, Tensor | np.ndarray):
+                one = self.shape if name == "segments" else self.images.shape[1:]
+                if tuple(value.shape) == (self.target.samples, *one):
+                    own[name] = value[self.rows]
+        return own
+
+    def _check_model(self, labels: Sequence[str]) -> None:
+        for label in labels:
+            if not bool(self.of_this_model(self.maps[label]).all()):
+                raise InputError(
+                    f"The maps of {label!r} explain another model: its scores differ. Explain this one, and measure "
+                    "these maps."
+                )
+
+    def of_this_model(self, maps: Maps) -> Tensor:
+        """Which of the maps explain the study's model, [n], by the scores that they explain; all, if those are unknown.
+
+        Scores differ by rounding: of single precision, or of the precision in which the maps were made.
+        """
+        if maps.score is None or self.model is None:
+            return torch.ones(len(self), dtype=torch.bool, device=self.images.device)
+        explainer = maps.explainer
+        precision = explainer.provenance.precision if isinstance(explainer, Recipe) else None
+        share = 1e-3 if precision is None else 0.1
+        return ((self.original() - maps.score).abs() <= share * self._scale()) | maps.score.isnan()
+
+    def _scale(self) -> Tensor:
+        """The largest output of each image, or of a function's scores the largest of all, [n]."""
+        if self.indices is None:
+            return self.original().abs().amax().expand(len(self))
+        return torch.cat([part.scores.flatten(1).abs().amax(1) for part in self.outputs]).to(self.images.dtype)
+
+    def baseline_of(self, maps: Maps) -> float | Tensor | None:
+        """What a method compared each image with: a number or a tensor [1 or n, C, H, W]; None if nothing is known."""
+        if not isinstance(maps.explainer, Recipe):
+            return None
+        baseline = maps.explainer.baseline
+        return baseline if not isinstance(baseline, Tensor) else self.as_baseline(baseline)
+
+    def as_baseline(self, baseline: Tensor) -> Tensor:
+        """A tensor as a baseline of these images, [1 or n, C, H, W].
+
+        Raises:
+            InputError: its shape does not fit the images, or it is not finite.
+        """
+        return self.once(("baseline", id(baseline)), lambda: self._run(slice(0, len(self))).baseline(baseline))
+
+    def lost_channels(self, maps: Maps) -> bool:
+        """Whether the largest channel stands for all, so that their sum cannot be told any more."""
+        return maps.reduction == "max" and self.images.dim() > 2 and maps.values.shape[1] < self.images.shape[1]
+
+    def promised(self, maps: Maps) -> Tensor | None:
+        """What the values of each map should sum to by its method, [n], on the study's model.
+
+        None if the method promises no sum, or how the maps were made is unknown. NaN for maps of another model that
+        only tell what they should have summed to there.
+        """
+        explainer = maps.explainer
+        if not isinstance(explainer, Recipe):
+            if maps.expected is None:
+                return None
+            return torch.where(self.of_this_model(maps), maps.expected, torch.nan)
+        method = registry[explainer.method].create(explainer.options)
+        parts: list[Tensor] = []
+        while (start := sum(map(len, parts))) < len(self):
+
+            def work(size: int, start: int = start) -> Tensor | None:
+                run = self._run(slice(start, min(start + size, len(self))), explainer.provenance)
+                return method.expected(run)
+
+            part, self.per_pass = backing_off(self.per_pass, work)
+            if part is None:
+                return None
+            parts.append(part[:, 0].to(self.images.dtype))
+        return torch.cat(parts)
+
+    def _run(self, part: slice, made: Provenance | None = None) -> Run:
+        """Some of the images as methods see them."""
+        assert self.model is not None
+        made = made or Provenance()
+        settings = Settings(self.target, (0,), made.precision, made.channels_last)  # nothing is drawn
+        rows = slice(self.rows.start + part.start, self.rows.start + part.stop)
+        return Run(self.model, self.images[part], settings, rows, part.stop - part.start)
+
+    def once(self, key: tuple[Any, ...], compute: Callable[[], T]) -> T:
+        """What `compute` returns, computed the first time that `key` is asked for."""
+        if key not in self._cache:
+            self._cache[key] = compute()
+        return cast(T, self._cache[key])
+
+
+def _frozen(made: Provenance) -> tuple[object, ...]:
+    seed = made.seed if isinstance(made.seed, int) else tuple(made.seed)
+    return (seed, made.precision, made.channels_last)
+
+
+def _named(recipe: Recipe) -> str:
+    return f"{recipe.method} {sorted((name, str(identity(value))) for name, value in recipe.options.items())}"
+
+
+def _as_kept(values: Tensor, maps: Maps, label: str) -> Tensor:
+    """New maps in the form of those that are kept, which may have their channels reduced."""
+    kept = maps.values
+    if values.dim() == kept.dim() > 2 and kept.shape[1] == 1 < values.shape[1]:
+        values = values.sum(1, keepdim=True) if maps.reduction == "sum" else values.amax(1, keepdim=True)
+    if values.numel() != kept.numel():
+        raise InputError(
+            f"Expected maps of shape {list(kept.shape)} when {label!r} explains again, got {list(values.shape)}."
+        )
+    return values.reshape(kept.shape)
+
+
+def _pieces(requests: Sequence[Views], start: int, stop: int) -> list[tuple[int, slice]]:
+    """The views `start` to `stop` of all requests, laid end to end: (request, which of its views)."""
+    pieces, before = [], 0
+    for index, views in enumerate(requests):
+        inside = slice(max(start - before, 0), min(stop - before, len(views)))
+        if inside.start < inside.stop:
+            pieces.append((index, inside))
+        before += len(views)
+    return pieces

@@ -1,0 +1,1 @@
+"""Does removing what a map marks change the score?"""

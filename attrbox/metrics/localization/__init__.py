@@ -1,0 +1,1 @@
+"""Does a map mark the object?"""

@@ -1,0 +1,1 @@
+"""Do maps stay, or change, where they should?"""

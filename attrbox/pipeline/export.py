@@ -1,0 +1,491 @@
+"""`export`: maps of any number of samples into one HDF5 file, which a killed run leaves readable and ready to go on.
+
+Samples are cut into the same batches in every run. A thread or processes read the next ones while the methods explain
+one batch and another thread writes the last; a batch is committed as a whole (`attrbox.data.maps.journal`).
+"""
+
+import contextlib
+import json
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from attrbox.core.atomic_files import as_path
+from attrbox.core.memory import MOST_PER_PASS
+from attrbox.core.model_state import check_model
+from attrbox.core.progress import progress_bar
+from attrbox.core.random_streams import check_seeds
+from attrbox.core.targets import Target
+from attrbox.data.labels import ClassNames, read_labels
+from attrbox.data.maps.journal import Journal
+from attrbox.data.maps.reader import MapsFile, MethodMaps
+from attrbox.data.maps.schema import Compression, DType, check_storage, options_in, plain
+from attrbox.data.maps.writer import Flags, Growing, Layout, Output, known_targets
+from attrbox.data.models import LoadedModel
+from attrbox.data.samples import Batch, Picture, Samples, SamplesLike, samples_of
+from attrbox.errors import FileError, InputError, ModelError, TargetError, shown
+from attrbox.methods.base import Method, MethodSpec, check_choice, check_count, choose
+from attrbox.methods.base import method_registry as registry
+from attrbox.methods.comparison import MethodLike
+from attrbox.pipeline.job import Channels, ExportTarget, Job, count_classes, device_of, of_rows
+from attrbox.pipeline.shards import Shard
+
+_QUEUE = 2  # batches that may wait to be written
+_PROBES = 3  # samples that are read again to see whether the data is what it was
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What an export did.
+
+    Attributes:
+        path: the file; of a shard, its own.
+        samples: how many the data has.
+        images: samples that this run explained.
+        maps: maps that it made.
+        done: label -> samples with a map, of this and earlier runs.
+        failed: sample -> why it got no map of some method in this run.
+        seconds: how long it took.
+        whole: the file that joins all shards, if this was one and the others are complete.
+    """
+
+    path: Path
+    samples: int
+    images: int
+    maps: int
+    done: Mapping[str, int]
+    failed: Mapping[str, str]
+    seconds: float
+    whole: Path | None = None
+
+    @property
+    def complete(self) -> bool:
+        """Whether every sample has a map of every method."""
+        return all(count == self.samples for count in self.done.values())
+
+    def __str__(self) -> str:
+        lines = [f"{self.path}: {self.maps} new maps of {self.images} images in {self.seconds:.1f} s"]
+        if self.images > self.seconds:
+            lines[0] += f", {self.images / self.seconds:.1f} images/s"
+        elif self.images:
+            lines[0] += f", {self.seconds / self.images:.1f} s per image"
+        lines += [f"  {label}: {count} of {self.samples} samples" for label, count in self.done.items()]
+        lines += [f"  no map of {name!r}: {reason}" for name, reason in list(self.failed.items())[:10]]
+        if len(self.failed) > 10:
+            lines.append(f"  ... nor of {len(self.failed) - 10} more; the file tells why")
+        lines += [f"{self.whole}: joins all shards"] if self.whole else []
+        return "\n".join(lines)
+
+
+def export(
+    model: nn.Module | LoadedModel | Callable[[Tensor], Any],
+    data: SamplesLike,
+    path: str | Path,
+    methods: Sequence[MethodLike],
+    *,
+    target: ExportTarget = None,
+    seed: int | Sequence[int] = 0,
+    preprocess: Callable[[Any], Tensor] | None = None,
+    ids: Sequence[str] | None = None,
+    labels: str | Path | Mapping[str, str] | None = None,
+    batch_size: int | None = None,
+    workers: int | None = None,
+    precision: torch.dtype | None = None,
+    channels_last: bool = True,
+    dtype: DType = "float32",
+    compression: Compression | None = None,
+    channels: Channels = "all",
+    photographs: bool = True,
+    model_name: str | None = None,
+    config: str | None = None,
+    resume: bool = True,
+    retry: bool = False,
+    beside: bool = False,
+    overwrite: bool = False,
+    shard: Shard | None = None,
+    progress: bool = True,
+) -> Summary:
+    """Write the maps of all samples to an HDF5 file (layout: `attrbox.data.maps.schema`); the same call goes on after
+    a kill.
+
+    A sample that cannot be read, or whose map is not finite, is left out with its reason, and the rest goes on.
+
+    Args:
+        model: as for `attrbox.explain`, or a `LoadedModel`, which brings its preprocessing and class names.
+        data: a torch dataset, an ordered `DataLoader`, an image folder, a list of files, or a tensor [N, C, H, W];
+            see `attrbox.data.samples.samples_of`.
+        path: the file. If it exists, what is missing there is added.
+        methods: as for `attrbox.compare`; they share their passes through the model.
+        target: as for `attrbox.explain`, or "label" for the label of each sample.
+        seed: one for all, or one for each sample.
+        preprocess: an image of `data` that is no tensor -> a tensor as the model takes it.
+        ids: a name for each sample; default: file names, or "0", "1", ...
+        labels: a table of labels, file -> class by name, WordNet id or number: a CSV file, or a mapping. Default: the
+            names of the folders in which images lie, or what a dataset has. Folder names, and numbers that a dataset
+            has names for (`classes`), are looked up among the model's classes; other numbers are classes as they are.
+        batch_size: images that are read and go through the model together, fewer where memory runs out. Default: what
+            the file began with, or what pays on the device (`attrbox.core.memory.MOST_PER_PASS`).
+        workers: processes that read. Default: those of the DataLoader, or none: a thread then reads ahead.
+        precision, channels_last: as for `attrbox.explain`.
+        dtype: of the maps in the file: "float32", "float64", "float16".
+        compression: "gzip", "lzf" or None. Gradients are noise to these: a tenth is saved, at a multiple of the time.
+        channels: "all", or "one" for the map for the eye ([N, 1, H, W]: channels summed, or their largest).
+        photographs: keep a small picture of each sample, for reports.
+        model_name: what the model is called.
+        config: text that is kept in the file.
+        resume: go on with an existing file; False refuses it.
+        retry: try again the samples that had no map.
+        beside: write a method that the file has with other options beside, under a name with its options.
+        overwrite: replace an existing file.
+        shard: the share of this process (`attrbox.pipeline.shards`): it goes to NAME-1-of-8.h5, ..., and the last to
+            finish joins them at `path`. Default: by torch.distributed, if it is initialised, or as torchrun told.
+        progress: show a progress bar; where there is no terminal, a line a minute.
+
+    Raises:
+        FileError: the file is broken, foreign, of another model, data or settings (which are named), or is being
+            written by another process; or it cannot be written any further, and keeps what it has.
+        InputError: the data cannot be used, or no sample could be explained; there is no new file then.
+        AttrboxError: as for `attrbox.compare`.
+    """
+    began = time.perf_counter()
+    path = as_path(path, "the name of the file to write")
+    chosen = choose(registry, methods)
+    _check(chosen, dtype, compression, channels, batch_size, workers, target)
+    loaded = model if isinstance(model, LoadedModel) else None
+    module = model.model if isinstance(model, LoadedModel) else model
+    check_model(module, [label for label, (_, method) in chosen.items() if method.needs_gradients])
+    if isinstance(data, DataLoader):
+        batch_size = batch_size or data.batch_size
+        workers = data.num_workers if workers is None else workers
+    samples = data if isinstance(data, Samples) else _samples(data, loaded, preprocess, ids, photographs)
+    if labels is not None:
+        samples = samples.labeled(labels if isinstance(labels, Mapping) else read_labels(labels))
+    samples, names = _understood(samples, loaded, module, target)
+    check_seeds(seed, len(samples))
+    if not isinstance(target, str):
+        Target(target, len(samples))  # of the right length
+    shard, whole = shard or Shard.current(), path
+    if shard:
+        shard.check(whole)
+        batch_size, path = batch_size or _usual_batch(module), shard.path(whole)
+        rows = shard.rows(len(samples), batch_size)
+        if not isinstance(target, str):
+            target = of_rows(target, len(samples), rows)
+        seed = seed if isinstance(seed, int) else [seed[row] for row in rows]
+        samples = samples.part(rows)
+    with Journal(path) as journal, contextlib.ExitStack() as stack:
+        growing = _existing(journal, resume, overwrite)
+        if growing:
+            stack.enter_context(growing)
+        job = Job(
+            model=module,
+            samples=samples,
+            methods=_labelled(chosen, methods, growing, beside),
+            target=target,
+            seed=seed,
+            batch_size=batch_size or (growing.settings["batch_size"] if growing else _usual_batch(module)),
+            precision=precision,
+            channels_last=channels_last,
+            channels=channels,
+            dtype=dtype,
+            compression=compression,
+            names=names,
+        )
+        layout = job.layout(
+            model_name=model_name or (loaded.name if loaded else _name(module)),
+            config=config,
+            photographs=photographs,
+        )
+        if growing:
+            _check_same(growing, layout, samples)
+        with Output(journal, layout, growing, overwrite) as output:
+            images = _run(job, output, workers or 0, retry, progress)
+            flags = output.growing.done if output.growing else {}
+            done = {label: int(flags[label].sum()) if label in flags else 0 for label in (*flags, *job.methods)}
+    joined = shard is not None and shard.join(whole, list(job.methods))
+    failed = {samples.ids[row]: reason for reasons in output.failed.values() for row, reason in reasons.items()}
+    seconds = time.perf_counter() - began
+    return Summary(path, len(samples), images, output.maps, done, failed, seconds, whole if joined else None)
+
+
+def recompute(
+    maps: MapsFile,
+    sample: int | str,
+    model: nn.Module | LoadedModel | Callable[[Tensor], Any],
+    data: SamplesLike,
+    *,
+    target: ExportTarget = None,
+    preprocess: Callable[[Any], Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """The maps of one sample once more, by what the file tells of how they were made; bit-equal on the same machine.
+
+    The sample goes through the model with the batch mates that it had.
+
+    Args:
+        maps: an open file that `export` wrote.
+        sample: its id or place.
+        model, data, preprocess: as they were for `export`.
+        target: only if it was a function.
+
+    Returns:
+        label -> map [C, H, W] ([K, C, H, W] for K targets), in the file's dtype, of the methods that have one.
+
+    Raises:
+        InputError: the file does not tell enough (it was merged or split, or options are tensors), the data or the
+            model are not what they were, or the sample cannot be explained.
+    """
+    settings = maps.settings
+    if not settings.get("batch_size"):
+        raise InputError(f"{str(maps.path)!r} does not tell how its batches were made: not a file of attrbox.export.")
+    loaded = model if isinstance(model, LoadedModel) else None
+    samples = data if isinstance(data, Samples) else _samples(data, loaded, preprocess, None, False)
+    seeds = maps.column("seed")
+    job = Job(
+        model=model.model if isinstance(model, LoadedModel) else model,
+        samples=samples,
+        methods={label: (one.method, _known_options(one)) for label, one in maps.items()},
+        target=target,
+        seed=settings["seed"] if seeds is None else seeds.tolist(),
+        batch_size=settings["batch_size"],
+        precision=settings["precision"] and getattr(torch, settings["precision"].removeprefix("torch.")),
+        channels_last=settings["channels_last"],
+        channels=settings["channels"],
+        dtype=settings["dtype"],
+        compression=settings["compression"],
+    )
+    row = maps.place(sample)
+    unasked = ("target", "seed", "labels_sha256")  # which the file has for each sample
+    other = [name for name, value in job.settings.items() if name not in unasked and settings[name] != value]
+    pending = {
+        label: one.done & (np.arange(len(samples)) // job.batch_size == row // job.batch_size)
+        for label, one in maps.items()
+    }
+    if other or not any(wanted[row] for wanted in pending.values()):
+        raise InputError(
+            f"{str(maps.path)!r} was made otherwise: {', '.join(other)} differ."
+            if other
+            else f"The file has no map of the sample {maps.ids[row]!r}."
+        )
+    (batch,) = samples.batches(job.batches(pending))
+    known = known_targets(maps.column("target"), [one.row for one in batch.samples])
+    result, error = job.explain(batch, pending, known)
+    found = {
+        label: attribution.values[rows.index(row)].to(getattr(torch, job.dtype))
+        for label, (rows, attribution) in result.maps.items()
+        if row in rows
+    }
+    if not found:
+        raise error or InputError(f"The sample {maps.ids[row]!r} cannot be explained any more.")
+    return found
+
+
+def _known_options(one: MethodMaps) -> dict[str, Any]:
+    options = options_in(one.dataset.file, one.dataset)
+    if options is None:
+        raise InputError(f"The options of {one.label!r} are tensors that the file does not keep. Explain it anew.")
+    return options
+
+
+# ----------------------------------------------------------------------------------------------------- what is checked
+
+
+def _check(
+    chosen: Mapping[str, tuple[MethodSpec, Method]],
+    dtype: str,
+    compression: str | None,
+    channels: str,
+    batch_size: int | None,
+    workers: int | None,
+    target: object,
+) -> None:
+    check_storage(dtype, compression)
+    check_choice("channels", channels, ("all", "one"))
+    if batch_size is not None:
+        check_count("batch_size", batch_size)
+    if workers not in (None, 0):
+        check_count("workers", workers)
+    if isinstance(target, str) and target != "label":
+        raise TargetError(
+            f"Expected a class number, 'label' or another target of attrbox.explain, got {shown(target)}."
+        )
+
+
+def _samples(
+    data: SamplesLike,
+    loaded: LoadedModel | None,
+    preprocess: Callable[[Any], Tensor] | None,
+    ids: Sequence[str] | None,
+    photographs: bool,
+) -> Samples:
+    picture = Picture(loaded.mean, loaded.std) if loaded else Picture()
+    preprocess = preprocess or (loaded.preprocess if loaded else None)
+    return samples_of(data, preprocess=preprocess, ids=ids, picture=picture if photographs else None)
+
+
+def _understood(
+    samples: Samples, loaded: LoadedModel | None, module: nn.Module | Callable[[Tensor], Any], target: ExportTarget
+) -> tuple[Samples, ClassNames]:
+    """The samples with labels that are classes of the model, where they can be, and what these classes are called."""
+    categories = loaded.categories if loaded else None
+    required = isinstance(target, str)
+    try:
+        labels = samples.label_names
+    except InputError:
+        if required:
+            raise
+        samples, labels = samples.unlabeled(), None
+    if labels is None:
+        return samples, ClassNames(categories, None if categories is None else len(categories))
+    count = count_classes(module, samples)
+    if categories is not None and count not in (None, len(categories)):
+        raise ModelError(
+            f"Expected a name for each of the model's {count} classes, got {len(categories)} of them. Labels cannot be "
+            "told by these."
+        )
+    names = ClassNames(categories, count).assumed(labels)
+    return samples.translated(names, required), names
+
+
+def _existing(journal: Journal, resume: bool, overwrite: bool) -> Growing | None:
+    """The file to go on with, if there is one."""
+    if overwrite or not journal.path.exists():
+        return None
+    if not resume:
+        raise FileError(f"{str(journal.path)!r} exists already. Choose another path, resume=True or overwrite=True.")
+    return Growing(journal)
+
+
+def _labelled(
+    chosen: Mapping[str, tuple[MethodSpec, Method]],
+    methods: Sequence[MethodLike],
+    growing: Growing | None,
+    beside: bool,
+) -> dict[str, tuple[str, Mapping[str, Any]]]:
+    """label -> name and options. What the file has with the same options keeps the label that it has there."""
+    labelled: dict[str, tuple[str, Mapping[str, Any]]] = {}
+    there = {} if growing is None else growing.methods
+    for (label, (spec, method)), entry in zip(chosen.items(), methods, strict=True):
+        options = plain(spec.settings(method))
+        same = [known for known, made in there.items() if made == (spec.name, options)]
+        if same:
+            label = same[0]
+        elif label in there:
+            old = there[label][1]
+            other = {name: (old.get(name), value) for name, value in options.items() if old.get(name) != value}
+            if not beside:
+                told = ", ".join(f"{name} {was!r} there and {now!r} here" for name, (was, now) in other.items())
+                raise FileError(
+                    f"The file has {label!r} with other options: {told}. Write it beside (beside=True, --beside), "
+                    "give the same options, or choose another path."
+                )
+            label = f"{label}({', '.join(f'{name}={now}' for name, (_, now) in other.items())})"
+        labelled[label] = (spec.name, {} if isinstance(entry, str) else entry[1])
+    return labelled
+
+
+def _check_same(growing: Growing, layout: Layout, samples: Samples) -> None:
+    """Refuse to go on with another model, other data or other settings."""
+    there = growing.settings
+    other = [
+        f"{name} {_short(there.get(name))} there and {_short(value)} here"
+        for name, value in layout.settings.items()
+        if there.get(name) != value
+    ]
+    names = [growing.model_name, layout.header["model_name"]]
+    if other and names[0] != names[1]:  # alone it is no difference
+        other = ["model {} there and {} here".format(*names), *other]
+    if other:
+        raise FileError(
+            f"{str(growing.path)!r} was made with other settings: {'; '.join(other)}. Choose another path, or give the "
+            "same; overwrite=True (--overwrite) replaces the file."
+        )
+    known = np.flatnonzero(growing.digests != "")
+    for row in known[np.unique(np.linspace(0, len(known) - 1, _PROBES).round().astype(int))] if len(known) else ():
+        sample = samples[int(row)]
+        if sample.sha256 != growing.digests[row]:
+            reason = sample.flaw or "its pixels are others"
+            raise FileError(
+                f"The data or its preprocessing has changed since {str(growing.path)!r} was begun: sample "
+                f"{samples.ids[row]!r} is not what it was ({reason}). Choose another path, or restore the data."
+            )
+
+
+def _short(value: object) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return f"{text[:12]}..." if len(text) > 40 else text
+
+
+def _usual_batch(model: object) -> int:
+    return MOST_PER_PASS.get(device_of(model).type, 32)
+
+
+def _name(model: object) -> str:
+    return str(getattr(model, "__name__", type(model).__name__))
+
+
+# ------------------------------------------------------------------------------------------------------------ the work
+
+
+def _run(job: Job, output: Output, workers: int, retry: bool, progress: bool) -> int:
+    """Read, explain and write all that is pending; returns how many images were explained."""
+    there = output.growing
+    pending = _pending(job, there, retry)
+    batches = job.batches(pending)
+    if there and batches:
+        there.note_resumption()
+    shape = there.image_shape if there else None
+    untried = {label for label in pending if there is None or label not in there.methods}
+    explained, count = 0, len(job.samples)
+    writing: deque[Future[None]] = deque()
+    bar = progress_bar("export", count, count - sum(map(len, batches)), progress)
+    with bar, ThreadPoolExecutor(1, "attrbox-write") as thread:
+        for rows, batch in zip(batches, job.samples.batches(batches, workers), strict=True):
+            if shape is None:
+                shape = _first_shape(batch)
+            batch = batch.of_shape(shape)
+            known = known_targets(there.targets if there else None, [sample.row for sample in batch.samples])
+            result, error = job.explain(batch, pending, known)
+            if error and not explained and untried - result.maps.keys():  # not one sample's fault, it seems
+                raise error
+            explained += len(result.rows)
+            writing.append(thread.submit(output.write, result))
+            while len(writing) > _QUEUE or (writing and writing[0].done()):
+                writing.popleft().result()
+            bar.update(len(rows))
+        while writing:
+            writing.popleft().result()
+    if output.growing is None:
+        reason = next(iter(next(iter(output.failed.values())).values()))
+        raise InputError(f"None of the {count} samples could be explained. The first: {reason}.")
+    return explained
+
+
+def _pending(job: Job, growing: Growing | None, retry: bool) -> dict[str, Flags]:
+    """label -> whether a sample is still to be explained."""
+    pending = {}
+    for label in job.methods:
+        if growing and label in growing.done:
+            tried = growing.done[label] if retry else growing.done[label] | growing.failed[label]
+            pending[label] = ~tried
+        else:
+            pending[label] = np.ones(len(job.samples), bool)
+    return pending
+
+
+def _first_shape(batch: Batch) -> tuple[int, ...] | None:
+    """The shape of the first images. There is no file yet, so data of mixed sizes can be refused altogether."""
+    if batch.mixed:
+        raise InputError(
+            f"Expected images of one size, but {batch.flawed[0].flaw}. Give a transform that resizes and crops to a "
+            "fixed size (preprocess=, or the dataset's own)."
+        )
+    return None if batch.images is None else tuple(batch.images.shape[1:])

@@ -1,0 +1,1 @@
+"""Maps as colors and figures."""
