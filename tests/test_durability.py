@@ -13,7 +13,8 @@ import pytest
 from exports import content, export, net, pictures
 
 import attrbox
-from attrbox import files, growing, journal
+from attrbox.core import atomic_files
+from attrbox.data.maps import journal, writer
 from attrbox.data.maps.journal import Journal, Transactions, journal_of, recover
 
 PAGE = 512
@@ -184,7 +185,7 @@ def test_an_export_has_all_batches_that_it_committed_wherever_the_power_fails(pl
             assert attrbox.verify(after / "maps.h5") == []
             seen.add(len(rows[0]))
 
-    write = growing.Output.write
+    write = writer.Output.write
 
     def writing(output, batch):
         nonlocal promised
@@ -192,7 +193,7 @@ def test_an_export_has_all_batches_that_it_committed_wherever_the_power_fails(pl
         promised += len(batch.rows)
         drive.look()
 
-    monkeypatch.setattr(growing.Output, "write", writing)
+    monkeypatch.setattr(writer.Output, "write", writing)
     drive = disk(folder, check)
     summary = export(path, pictures(6), METHODS, batch_size=2)
     assert summary.complete
@@ -254,7 +255,7 @@ def test_nothing_is_replaced_while_somebody_writes_it(tmp_path):
 def test_bytes_before_names(tmp_path, disk):
     """Any file of attrbox: its bytes are durable before its name is, and its name when the call returns."""
     drive = disk(tmp_path)
-    with files.whole_file(tmp_path / "table.csv") as part:
+    with atomic_files.whole_file(tmp_path / "table.csv") as part:
         part.write_text("1")
     assert drive.steps == ["fsync", "replace", "fsync"]
     assert [drive.kept[inode] for inode in drive.names.values()] == [b"1"]

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import nn
 
-from attrbox import hdf5
 from attrbox.core.hashing import weights_hash
 from attrbox.core.results import Attribution, Coverage, Operated
+from attrbox.data.maps import schema
 from attrbox.data.maps.schema import (
     create_datasets,
     dataset_name,
@@ -346,7 +346,7 @@ def test_a_write_that_fails_leaves_everything_as_it_was(path, values, monkeypatc
             raise error
         return attribution.values.numpy()
 
-    monkeypatch.setattr(hdf5, "_as_dtype", fail)
+    monkeypatch.setattr(schema, "_as_dtype", fail)
     wanted = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else FileError
     with pytest.raises(wanted) as caught:
         write_maps(path, {"one": maps(values), "two": maps(values)}, overwrite=True)

@@ -10,7 +10,7 @@ import h5py
 import numpy as np
 import pytest
 
-from attrbox import journal as module
+from attrbox.data.maps import journal as module
 from attrbox.data.maps.journal import Journal, Transactions, is_being_written, journal_of, recover
 from attrbox.errors import FileError
 

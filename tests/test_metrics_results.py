@@ -6,10 +6,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from attrbox.metrics import statistics
 from scipy import stats
 
 from attrbox.errors import FileError, OptionError, UnknownNameError
+from attrbox.metrics import statistics
 from attrbox.metrics.base import Measurement
 from attrbox.metrics.results import Evaluation
 from attrbox.metrics.scores import Score

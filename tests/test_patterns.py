@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import attrbox
-from attrbox import fitting
 from attrbox.errors import FileError, InputError, ModelError, OptionError, UnsupportedModelError
+from attrbox.methods.propagation import pattern_fitting
 
 METHODS = ("pattern_net", "pattern_attribution")
 ESTIMATORS = ("two_component", "linear")
@@ -170,13 +170,13 @@ def test_patterns_and_maps_are_what_the_formulas_say_neuron_by_neuron(estimator)
 
 def test_the_oracle_notices_the_wrong_mean(monkeypatch):
     """The sum of all y by the number of those that fire."""
-    original = fitting._Sums.pattern
+    original = pattern_fitting._Sums.pattern
 
     def wrong(sums):
         sums.count = int(sums.fired.max())
         return original(sums)
 
-    monkeypatch.setattr(fitting._Sums, "pattern", wrong)
+    monkeypatch.setattr(pattern_fitting._Sums, "pattern", wrong)
     with pytest.raises(AssertionError):
         compared_by_hand("two_component")
 

@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from PIL import Image
 
-from attrbox import plots
 from attrbox.core.results import Attribution, Coverage
 from attrbox.errors import FileError, InputError, OptionError
+from attrbox.visualization import plots
 from attrbox.visualization.plots import plot_comparison, plot_map
 
 

@@ -11,7 +11,7 @@ from test_lrp import by_alpha_beta, by_gamma, matrix, relevance_of
 from torch import Tensor, nn
 
 from attrbox.core.model_state import untouched
-from attrbox.engine import elementwise, reductions
+from attrbox.engine.operations import elementwise, reductions
 from attrbox.engine.site import ELEMENTWISE, GATES, RECTIFIERS, SQUASHERS, Site
 from attrbox.engine.tape import record
 from attrbox.rules.deeplift import DeepLift

@@ -6,13 +6,13 @@ import oracles
 import pytest
 import torch
 import torch.nn.functional as F
-from attrbox.rules import deeplift
 from nets import SMALL, calibrate, images, relu_net, residual_net, seeded, vector_net
 from torch import Tensor, nn
 
 import attrbox
 from attrbox.engine.tape import record
 from attrbox.errors import OptionError
+from attrbox.rules import deeplift
 from attrbox.rules.deeplift import DeepLift
 
 

@@ -24,6 +24,8 @@ from attrbox.data.labels import ClassNames, imagenet_categories
 from attrbox.errors import AttrboxError, FileError, ModelError, UnknownNameError, nearest, shown
 
 SHORTHANDS = {"efficientnet_lite0": "attrbox.data.models:efficientnet_lite0"}
+# As files of version 0.1 name it.
+_OLD_NAMES = {"attrbox.models:efficientnet_lite0": SHORTHANDS["efficientnet_lite0"]}
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
