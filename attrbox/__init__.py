@@ -7,53 +7,45 @@ The public names are imported when they are first used, so that `import attrbox`
 """
 
 import importlib
-from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
-from importlib.metadata import version as _version
+from importlib.metadata import PackageNotFoundError as _PackageNotFoundError, version as _version
 from typing import TYPE_CHECKING, Any
 
 from attrbox import errors
 
 if TYPE_CHECKING:
-    from attrbox.core.results import Attribution as Attribution
-    from attrbox.core.results import Coverage as Coverage
-    from attrbox.core.targets import classes as classes
-    from attrbox.core.targets import top as top
-    from attrbox.data.maps.merge import merge as merge
-    from attrbox.data.maps.merge import split as split
-    from attrbox.data.maps.merge import verify as verify
-    from attrbox.data.maps.reader import MapsFile as MapsFile
-    from attrbox.data.maps.reader import open_maps as open_maps
-    from attrbox.engine.site import Rule as Rule
-    from attrbox.engine.site import Site as Site
-    from attrbox.methods.base import Method as Method
-    from attrbox.methods.base import method_registry as method_registry
-    from attrbox.methods.base import option as option
-    from attrbox.methods.base import register_method as register_method
+    from attrbox.core.options import option as option
+    from attrbox.core.results import Attribution as Attribution, Coverage as Coverage
+    from attrbox.core.targets import classes as classes, top as top
+    from attrbox.data.maps.merge import merge as merge, split as split, verify as verify
+    from attrbox.data.maps.reader import MapsFile as MapsFile, open_maps as open_maps
+    from attrbox.engine.site import Rule as Rule, Site as Site
+    from attrbox.methods.base import (
+        Method as Method,
+        method_registry as method_registry,
+        register_method as register_method,
+    )
     from attrbox.methods.comparison import Comparison as Comparison
-    from attrbox.methods.comparison import compare as compare
-    from attrbox.methods.comparison import explain as explain
-    from attrbox.methods.comparison import list_methods as list_methods
     from attrbox.methods.context.run import Run as Run
-    from attrbox.methods.diagnosis import Diagnosis as Diagnosis
-    from attrbox.methods.diagnosis import doctor as doctor
+    from attrbox.methods.diagnosis import Diagnosis as Diagnosis, doctor as doctor
+    from attrbox.methods.explaining import compare as compare, explain as explain, list_methods as list_methods
     from attrbox.methods.propagation.pattern_attribution import Patterns as Patterns
     from attrbox.methods.propagation.pattern_fitting import fit_patterns as fit_patterns
-    from attrbox.methods.propagation.rule_methods import register_rule as register_rule
-    from attrbox.methods.propagation.rule_methods import rule_registry as rule_registry
-    from attrbox.metrics.base import Measurement as Measurement
-    from attrbox.metrics.base import Metric as Metric
-    from attrbox.metrics.base import list_metrics as list_metrics
-    from attrbox.metrics.base import metric_registry as metric_registry
-    from attrbox.metrics.base import register_metric as register_metric
+    from attrbox.methods.propagation.rule_methods import register_rule as register_rule, rule_registry as rule_registry
+    from attrbox.metrics.base import (
+        Measurement as Measurement,
+        Metric as Metric,
+        list_metrics as list_metrics,
+        metric_registry as metric_registry,
+        register_metric as register_metric,
+    )
     from attrbox.metrics.context import Study as Study
-    from attrbox.metrics.context import Views as Views
     from attrbox.metrics.evaluation import evaluate as evaluate
-    from attrbox.metrics.faithfulness.roar import Roar as Roar
-    from attrbox.metrics.faithfulness.roar import roar as roar
+    from attrbox.metrics.faithfulness.roar import Roar as Roar, roar as roar
+    from attrbox.metrics.records import Views as Views
     from attrbox.metrics.results import Evaluation as Evaluation
     from attrbox.metrics.scores import Score as Score
     from attrbox.pipeline.export import export as export
-    from attrbox.pipeline.export import recompute as recompute
+    from attrbox.pipeline.recompute import recompute as recompute
 
 try:
     __version__ = _version("attrbox")
@@ -62,25 +54,29 @@ except _PackageNotFoundError:  # run from a source tree that is not installed
 
 # Where each public name is.
 _PLACES = {
+    "attrbox.pipeline.recompute": "recompute",
+    "attrbox.metrics.records": "Views",
+    "attrbox.methods.explaining": "list_methods explain compare",
+    "attrbox.core.options": "option",
     "attrbox.core.results": "Attribution Coverage",
     "attrbox.core.targets": "classes top",
     "attrbox.data.maps.merge": "merge split verify",
     "attrbox.data.maps.reader": "MapsFile open_maps",
     "attrbox.engine.site": "Rule Site",
-    "attrbox.methods.base": "Method method_registry option register_method",
-    "attrbox.methods.comparison": "Comparison compare explain list_methods",
+    "attrbox.methods.base": "Method method_registry register_method",
+    "attrbox.methods.comparison": "Comparison",
     "attrbox.methods.context.run": "Run",
     "attrbox.methods.diagnosis": "Diagnosis doctor",
     "attrbox.methods.propagation.pattern_attribution": "Patterns",
     "attrbox.methods.propagation.pattern_fitting": "fit_patterns",
     "attrbox.methods.propagation.rule_methods": "register_rule rule_registry",
     "attrbox.metrics.base": "Measurement Metric list_metrics metric_registry register_metric",
-    "attrbox.metrics.context": "Study Views",
+    "attrbox.metrics.context": "Study",
     "attrbox.metrics.evaluation": "evaluate",
     "attrbox.metrics.faithfulness.roar": "Roar roar",
     "attrbox.metrics.results": "Evaluation",
     "attrbox.metrics.scores": "Score",
-    "attrbox.pipeline.export": "export recompute",
+    "attrbox.pipeline.export": "export",
 }
 _HOME = {name: place for place, names in _PLACES.items() for name in names.split()}
 

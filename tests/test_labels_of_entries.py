@@ -6,7 +6,7 @@ from exports import content, export, pictures
 from nets import images, relu_net
 
 import attrbox
-from attrbox.methods.base import choose
+from attrbox.core.options import choose
 
 X = images(2, 3, 8, 8)
 ZERO, ONE = torch.zeros(3, 8, 8), torch.ones(3, 8, 8)

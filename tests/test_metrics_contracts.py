@@ -22,8 +22,7 @@ from attrbox.errors import (
     TargetError,
     UnknownNameError,
 )
-from attrbox.metrics.base import Metric
-from attrbox.metrics.base import metric_registry as registry
+from attrbox.metrics.base import Metric, metric_registry as registry
 
 METRICS = attrbox.list_metrics()
 QUICK = {

@@ -376,7 +376,8 @@ def test_the_noise_of_road_is_on_imputed_pixels_alone():
 def test_the_ends_of_an_order_are_those_of_the_whole(region):
     """Also with ties, negative values and both zeros, and for both ways of finding them."""
     from attrbox.core.targets import Target
-    from attrbox.metrics.context import Maps, Study
+    from attrbox.metrics.context import Study
+    from attrbox.metrics.records import Maps
 
     values = (3 * images(5, 1, 12, 12, dtype=torch.float32)).round()
     values[0, 0, :2] = torch.tensor([0.0, -0.0]).repeat(12).view(2, 12)

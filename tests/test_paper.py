@@ -123,8 +123,7 @@ def test_sweeps_and_ablations_on_cifar(paper, cifar, tmp_path, monkeypatch):
 
 
 def test_pictures_of_photographs(paper, tmp_path, monkeypatch):
-    from paper import cases
-    from paper import pictures as drawn
+    from paper import cases, pictures as drawn
 
     monkeypatch.setattr(cases, "load_model", lambda name: tiny())
     folder, out = tmp_path / "photographs", tmp_path / "out"
@@ -139,8 +138,7 @@ def test_pictures_of_photographs(paper, tmp_path, monkeypatch):
 
 
 def test_maps_that_were_made_before_are_taken(paper, tmp_path, monkeypatch):
-    from paper import cases
-    from paper import pictures as drawn
+    from paper import cases, pictures as drawn
 
     monkeypatch.setattr(cases, "load_model", lambda name: tiny())
     few = {"deeplift": ("deeplift", {}), "saliency": ("saliency", {})}

@@ -13,8 +13,7 @@ import oracles
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from nets import SMALL, attention_net, images, relu_net, seeded, smooth_net
 from torch import Tensor, nn
 

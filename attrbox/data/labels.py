@@ -7,8 +7,7 @@ what it is called, and only where a model's classes have no names does the order
 import csv
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
-from collections.abc import Set as AbstractSet
+from collections.abc import Iterable, Mapping, Sequence, Set as AbstractSet
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path, PurePath

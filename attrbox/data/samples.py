@@ -25,7 +25,7 @@ from attrbox.core.dense_tensors import dense
 from attrbox.core.hashing import tensor_bytes
 from attrbox.data.images import distinct_names, find_images, open_image
 from attrbox.data.labels import ClassNames, labels_by_table, names_of_labels
-from attrbox.data.maps.schema import storable
+from attrbox.data.maps.attributes import storable
 from attrbox.errors import InputError, TargetError
 
 Label: TypeAlias = int | float | str

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from attrbox.engine.batch_norm import batch_norm_of
+from attrbox.engine.operations.batch_norm import batch_norm_of
 from attrbox.engine.operations.linearity import argument
 
 T = TypeVar("T")

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attrbox.engine.batch_norm import batch_norm_of
+from attrbox.engine.operations.batch_norm import batch_norm_of
 from attrbox.engine.operations.linearity import argument, is_activation
 
 aten: Any = torch.ops.aten

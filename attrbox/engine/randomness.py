@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from attrbox.core.results import Operated
+from attrbox.engine.calling import forward
 from attrbox.engine.operations.linearity import name_of
-from attrbox.engine.recorder import Recorder, forward
+from attrbox.engine.recorder import Recorder
 
 
 class Drawn:
@@ -30,7 +31,7 @@ def random_operations(model: nn.Module, images: Tensor) -> tuple[Operated, ...]:
     """What draws random numbers in a pass of `model`, by the functions that it calls."""
     recorder = _Finder(model, images.device)
     with torch.no_grad():
-        forward(model, images.clone(), recorder)  # an extra pass, of random models alone
+        forward(model, images.clone(), recorder.watching())  # an extra pass, of random models alone
     return tuple(recorder.found) or (Operated("random numbers", "", 0),)
 
 

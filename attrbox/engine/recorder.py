@@ -14,8 +14,7 @@ import contextlib
 import threading
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,153 +23,29 @@ from torch.autograd.graph import GradientEdge
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
-from attrbox.core.half_precision import HALF, wide
-from attrbox.core.memory import is_out_of_memory
 from attrbox.core.outputs import tensors
 from attrbox.core.results import Operated
-from attrbox.engine.batch_norm import batch_norm_of
+from attrbox.engine.calling import is_checkpointing
 from attrbox.engine.feature_maps import CONVOLUTIONS, Follower, Grid
-from attrbox.engine.folding import Unfolded
-from attrbox.engine.linear_maps import LinearCalls, own
+from attrbox.engine.linear_maps import LinearCalls
+from attrbox.engine.operations.batch_norm import batch_norm_of
 from attrbox.engine.operations.decompositions import parts_of
 from attrbox.engine.operations.layers import Pairs, layer_of, with_batch_norm
 from attrbox.engine.operations.linearity import argument, flat, is_activation, is_decision, is_linear, name_of
 from attrbox.engine.operations.operation import Operation, Parts
 from attrbox.engine.operations.table import interpret
-from attrbox.engine.site import ACTIVATIONS, LAYERS, Gradients, Rule, Site, asked
+from attrbox.engine.refusals import batch_statistics, checkpointed, drawn_windows
+from attrbox.engine.site import ACTIVATIONS, LAYERS, Site
+from attrbox.engine.site_function import Replaying, SiteFunction
 from attrbox.errors import (
-    ForwardError,
     ModelError,
     OptionError,
-    RuleError,
-    UnsupportedModelError,
     near_miss,
 )
 
 # Linear layers, where only one of the factors depends on the images.
 _LINEAR_LAYERS = frozenset({"linear", "matmul", "rmatmul", "addmm", "baddbmm", "bmm", "mm", "einsum"})
 _OWN_FUNCTIONS = frozenset({"_SiteFunctionBackward", "LinearMapFunctionBackward"})
-
-
-@dataclass(frozen=True)
-class Reference:
-    """What a reference forward pass left at each site, and what the model returned for `count` images."""
-
-    inputs: tuple[tuple[Tensor, ...] | None, ...]
-    output: Any
-    count: int
-
-
-class Replaying:
-    """What the sites of one tape ask in a backward pass: the rule and the reference of the moment."""
-
-    def __init__(self) -> None:
-        self.rule: Rule | None = None
-        self.reference: Reference | None = None
-
-    def gradients(self, site: Site, inputs: Any, output: Tensor | None, shapes: list[Any], grad: Tensor) -> Any:
-        """The gradients that a site passes on, one per input, of the inputs' shapes."""
-        rule = self.rule
-        if rule is not None and not asked(rule, f"asked whether it treats {site.where}", partial(rule.treats, site)):
-            rule = None
-        reference = self.reference.inputs[site.index] if self.reference else None
-        site = site.with_tensors(inputs, output, reference, type(rule).__name__ if rule else "")
-        if rule is None:
-            found = site.true_gradient(grad)
-        else:
-            found = asked(rule, f"at {site.where}", partial(_in_float32, rule, site, grad))
-        gradients = found if isinstance(found, tuple) else (found,)
-        if len(gradients) != len(shapes) or not all(isinstance(gradient, Tensor) for gradient in gradients):
-            raise RuleError(
-                f"The rule {site.rule!r} must return {len(shapes)} gradient tensor(s) at {site.where}, got "
-                f"{', '.join(type(gradient).__name__ for gradient in gradients)}."
-            )
-        if len(shapes) == 1 and gradients[0].shape != shapes[0]:
-            raise RuleError(
-                f"The rule {site.rule!r} must return a gradient of the input's shape {list(shapes[0])} at "
-                f"{site.where}, got {list(gradients[0].shape)}."
-            )
-        if not all(map(_sums_to, gradients, shapes)):
-            raise RuleError(
-                f"The rule {site.rule!r} must return gradients of the inputs' shapes {list(map(list, shapes))}, or "
-                f"that broadcast from these, at {site.where}, got {[list(gradient.shape) for gradient in gradients]}."
-            )
-        # A product may have broadcast a factor: its gradient is summed over the copies.
-        return tuple(gradient.sum_to_size(shape) for gradient, shape in zip(gradients, shapes, strict=True))
-
-
-def _sums_to(gradient: Tensor, shape: torch.Size) -> bool:
-    """Whether it is of the shape, or broadcast from it."""
-    sizes = gradient.shape[gradient.dim() - len(shape) :]
-    return gradient.dim() >= len(shape) and all(to in (1, size) for size, to in zip(sizes, shape, strict=True))
-
-
-def _in_float32(rule: Rule, site: Site, grad: Tensor) -> Gradients:
-    """What the rule answers; where activations are in half precision, as under autocast, of float32 copies of them."""
-    tensors = (site.saved_inputs, None if site.saved_output is None else (site.saved_output,), site.saved_reference)
-    if not any(tensor.dtype in HALF for some in (*tensors, (grad,)) for tensor in some or ()):
-        return _propagated(rule, site, grad)
-    inputs, output, reference = (None if some is None else tuple(map(wide, some)) for some in tensors)
-    site = site.with_tensors(inputs, output[0] if output else None, reference, site.rule)
-    with torch.autocast(grad.device.type, enabled=False):
-        return _propagated(rule, site, wide(grad))
-
-
-def _propagated(rule: Rule, site: Site, grad: Tensor) -> Gradients:
-    """What the rule answers, asked for a few samples at a time where the activation is large and on a CPU.
-
-    A rule of several passes over memory has a result for each. Fresh pages for a large one cost a CPU more than the
-    arithmetic; those of a few samples are used again, and stay in its cache.
-    """
-    rows = max(1, _BYTES_AT_ONCE * len(grad) // max(1, grad.numel() * grad.element_size()))
-    whole = grad.device.type != "cpu" or torch.is_grad_enabled() or rows >= len(grad)
-    if whole or not rule.by_rows or not site.splits_into_rows:
-        return rule.propagate(site, grad)
-    result = None
-    for start in range(0, len(grad), rows):
-        some = slice(start, start + rows)
-        found = rule.propagate(site.rows(some), grad[some])
-        if not isinstance(found, Tensor) or found.shape != grad[some].shape:
-            return found  # a broken rule: the caller says so
-        result = torch.empty_like(grad, dtype=found.dtype) if result is None else result
-        result[some] = found
-    assert result is not None
-    return result
-
-
-_BYTES_AT_ONCE = 8 * 2**20
-
-
-class _SiteFunction(torch.autograd.Function):
-    """Computes an operation as the model asked for it; its backward asks the rule of the moment."""
-
-    @staticmethod
-    def forward(ctx: Any, replaying: Replaying, site: Site, operation: Operation, needs: Any, *tensors: Tensor) -> Any:
-        count = len(operation.inputs)
-        inputs, copies = tensors[:count], tensors[count:]
-        result = operation.run(*inputs)
-        output = result[0] if isinstance(result, tuple) else result
-        if operation.in_place:
-            ctx.mark_dirty(inputs[0])
-        elif isinstance(result, Tensor):
-            result = output = own(result, *inputs)
-        if isinstance(result, tuple):
-            ctx.mark_non_differentiable(*result[1:])
-        ctx.replaying, ctx.site = replaying, site
-        ctx.shapes = [i.shape for i in inputs]
-        ctx.unused = len(copies)
-        ctx.kept = count if "input" in needs else 0
-        ctx.save_for_backward(*((copies or inputs) if ctx.kept else ()), *((output,) if "output" in needs else ()))
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor, *indices: Any) -> Any:
-        del indices
-        saved = ctx.saved_tensors
-        inputs = saved[: ctx.kept] if ctx.kept else None
-        output = saved[ctx.kept] if len(saved) > ctx.kept else None
-        gradients = ctx.replaying.gradients(ctx.site, inputs, output, ctx.shapes, grad_output)
-        return (None, None, None, None, *gradients, *(None,) * ctx.unused)
 
 
 class Recorder(TorchFunctionMode):
@@ -302,7 +177,7 @@ class Recorder(TorchFunctionMode):
         return Operated(*key, self._operations[key] - 1)
 
     def _make_site(self, operation: Operation) -> Any:
-        if _is_checkpointing():
+        if is_checkpointing():
             raise checkpointed()
         return self._run_site(self._site(operation), operation)
 
@@ -315,7 +190,7 @@ class Recorder(TorchFunctionMode):
         if copying:  # the model writes over the input or the output later: keep both out of its reach
             inputs = tuple(i.clone() for i in inputs)
         copies = tuple(i.clone() for i in inputs) if operation.in_place and "input" in needs else ()
-        result = _SiteFunction.apply(self.replaying, site, operation, needs, *inputs, *copies)
+        result = SiteFunction.apply(self.replaying, site, operation, needs, *inputs, *copies)
         output = result[0] if isinstance(result, tuple) else result
         self.site_nodes[site.index] = output.grad_fn
         if copying:
@@ -381,14 +256,14 @@ class Recorder(TorchFunctionMode):
         if is_activation(first):
             norm = batch_norm_of(function, args, kwargs)
             if norm is not None and norm.trains and self.needs:
-                raise _batch_statistics(self.running)
+                raise batch_statistics(self.running)
             if is_linear(function, args, kwargs) or (norm is not None and norm.linear):
                 return
             if known is not None:
                 self.passed.append(self._here(known.kind))
                 return
             if self.needs and name_of(function).startswith("fractional_max_pool"):
-                raise _drawn_windows(self.running)
+                raise drawn_windows(self.running)
         elif not (isinstance(first, Tensor) and is_decision(function) and args and is_activation(args[0])):
             return
         self.unknown.append(self._here(name_of(function)))
@@ -488,64 +363,6 @@ class Recorder(TorchFunctionMode):
     def running(self) -> str:
         """The module that is running, or that raised."""
         return self._modules[-1][0]
-
-
-def forward(model: nn.Module, images: Tensor, recorder: Recorder | None = None) -> Any:
-    """Call the model; whatever it raises becomes a `ForwardError` (out of memory stays what it is)."""
-    watching = recorder.watching() if recorder else contextlib.nullcontext()
-    try:
-        with watching:
-            return model(images)
-    except (ModelError, OptionError, Unfolded):
-        raise
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        if "is a view and is being modified inplace" in str(error):
-            raise written_over(error) from error
-        raise ForwardError(
-            f"The model raised {type(error).__name__} on images of shape {list(images.shape)}, {images.dtype}, on "
-            f"{images.device}: {error}. Check that model(images) runs on its own (size, channels, dtype, device)."
-        ) from error
-
-
-def _is_checkpointing() -> bool:
-    """Whether autograd forgets what is saved now, and will run the model's code again when it needs it."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
-
-
-def checkpointed() -> UnsupportedModelError:
-    """The refusal of models with activation checkpointing."""
-    return UnsupportedModelError(
-        "The model uses activation checkpointing, which runs parts of it again in the backward pass, where no rule "
-        "sees them. Switch it off for explaining."
-    )
-
-
-def written_over(error: Exception) -> UnsupportedModelError:
-    """The refusal of models through which autograd finds no gradient, though they run without one."""
-    return UnsupportedModelError(
-        "The model writes in place over activations that a gradient needs, so it runs without gradients only: torch's "
-        f"autograd says {str(error).partition('. ')[0]!r}. Let it make a new tensor there (x = x + y for x += y, "
-        "x.relu() for x.relu_()), or use a method without gradients (occlusion, rise, lime, kernel_shap)."
-    )
-
-
-def _batch_statistics(module: str) -> UnsupportedModelError:
-    return UnsupportedModelError(
-        f"The batch-norm in {module or 'the model'!r} takes its statistics from the batch, so each image's score "
-        "depends on its batch mates, and no propagation rule is defined. Let it use running statistics "
-        "(track_running_stats=True, training=False); saliency and other plain-gradient methods run on it as it is."
-    )
-
-
-def _drawn_windows(module: str) -> UnsupportedModelError:
-    return UnsupportedModelError(
-        f"The fractional max-pool in {module or 'the model'!r} draws its windows anew in each pass, so the score of an "
-        "image is random, and no propagation rule is defined. Give it windows that stay (_random_samples=...); "
-        "saliency and other plain-gradient methods run on it as it is."
-    )
 
 
 def _first(result: Any) -> Any:

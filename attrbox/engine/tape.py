@@ -12,9 +12,12 @@ from attrbox.core.half_precision import autocasting, wide
 from attrbox.core.outputs import mapped, tensors
 from attrbox.core.results import Coverage, Operated
 from attrbox.engine.autograd_graph import between, last_on_the_way, on_the_way, ways_around
+from attrbox.engine.calling import forward
 from attrbox.engine.feature_maps import Grid
-from attrbox.engine.recorder import Recorder, Reference, Replaying, checkpointed, forward, written_over
+from attrbox.engine.recorder import Recorder
+from attrbox.engine.refusals import checkpointed, written_over
 from attrbox.engine.site import LAYERS, Rule, Site, asked
+from attrbox.engine.site_function import Reference, Replaying
 from attrbox.errors import (
     ForwardError,
     ModelError,
@@ -134,7 +137,7 @@ class Tape:
         while True:
             recorder = Recorder(self.model, self._needs, (), copies, reference=True)
             with torch.enable_grad():  # as for the images: what requires a gradient is an activation
-                output = forward(self.model, reference.detach().clone().requires_grad_(), recorder)
+                output = forward(self.model, reference.detach().clone().requires_grad_(), recorder.watching())
             if not (stale := recorder.stale()):
                 return recorder, output
             copies |= stale
@@ -241,7 +244,7 @@ def record(
     copies: frozenset[int] = frozenset()
     while True:
         recorder = Recorder(model, needs, layers, copies, twice=twice, shape=images.shape, maps=maps)
-        output = forward(model, leaf.clone(), recorder)
+        output = forward(model, leaf.clone(), recorder.watching())
         if not (stale := recorder.stale()):
             break
         copies |= stale

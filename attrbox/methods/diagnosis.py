@@ -22,7 +22,7 @@ from attrbox.core.model_state import check_model
 from attrbox.core.results import Attribution
 from attrbox.errors import AttrboxError, InputError, NonFiniteWarning
 from attrbox.methods.base import method_registry as registry
-from attrbox.methods.comparison import explain
+from attrbox.methods.explaining import explain
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2}
 # As few passes as methods of many need to show whether they run.

@@ -22,11 +22,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, TypeVar
 
 from torch import Tensor
 
+from attrbox.core.options import Spec, option_infos
 from attrbox.core.registry import Registry, as_dataclass
-from attrbox.methods.base import Spec, option_infos
 
 if TYPE_CHECKING:
-    from attrbox.metrics.context import Study, Views
+    from attrbox.metrics.context import Study
+    from attrbox.metrics.records import Views
     from attrbox.metrics.sources import Source
 
 Direction: TypeAlias = Literal["higher", "lower"]

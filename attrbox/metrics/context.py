@@ -7,8 +7,7 @@ that do not care which metric, method or image a view belongs to.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import Any, Literal, TypeAlias, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -18,95 +17,23 @@ from attrbox.core.fills import fill_images
 from attrbox.core.memory import backing_off
 from attrbox.core.outputs import Outputs
 from attrbox.core.random_streams import numbers, permutations
-from attrbox.core.results import ChannelReduction, Provenance
+from attrbox.core.results import Provenance
 from attrbox.core.targets import Target
+from attrbox.engine.calling import forward
 from attrbox.engine.folding import Unwatched
-from attrbox.engine.recorder import forward
 from attrbox.errors import InputError, OptionError
-from attrbox.methods.base import identity
 from attrbox.methods.base import method_registry as registry
-from attrbox.methods.comparison import compare
 from attrbox.methods.context.chunk import Settings
 from attrbox.methods.context.run import Run
+from attrbox.methods.explaining import compare
+from attrbox.metrics.ranking import both_ends, inverse, region_sums
+from attrbox.metrics.records import Maps, Recipe, Scoring, Views, as_kept, frozen, named, pieces
 
 T = TypeVar("T")
 
-Scoring: TypeAlias = Literal["logit", "prob", "log_prob", "accuracy"]
-SCORINGS = ("logit", "prob", "log_prob", "accuracy")
 
 # Draws of a sample's stream of random numbers, apart from each other and from those that methods use.
 _TIES, _FILL = 2**40, 2**40 + 1
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a method of the registry made maps: its options, and the circumstances of the call."""
-
-    method: str
-    options: Mapping[str, Any]
-    provenance: Provenance = Provenance()
-
-    @property
-    def baseline(self) -> float | Tensor | None:
-        """What the image was compared with, or what hidden pixels showed: a number or a tensor; None if nothing was."""
-        spec = registry[self.method]
-        method = spec.create(self.options)
-        names = [info.name for info in spec.options if info.name in ("baseline", "fill")]
-        values = [getattr(method, name) for name in names]
-        return next((value for value in values if isinstance(value, int | float | Tensor)), None)
-
-
-# Makes maps [n, ...] in another way: (model, images [n, ...], class indices [n] or None, seeds of the images).
-ExplainFunction: TypeAlias = Callable[[nn.Module, Tensor, Tensor | None, Sequence[int]], Tensor]
-Explainer: TypeAlias = Recipe | ExplainFunction
-
-
-@dataclass(frozen=True, eq=False)
-class Maps:
-    """The maps of one method.
-
-    Attributes:
-        values: [n, C or 1, H, W], as the method made them; [n, D] for vectors.
-        reduction: how the channels become one map: their sum, or the largest.
-        explainer: makes them again, if that is possible.
-        expected: what each map should sum to, [n], as its method said when it made them.
-        score: what was explained, [n], in units of the model's output.
-    """
-
-    values: Tensor
-    reduction: ChannelReduction = "sum"
-    explainer: Explainer | None = None
-    expected: Tensor | None = None
-    score: Tensor | None = None
-
-    @cached_property
-    def heatmap(self) -> Tensor:
-        """The channels reduced as the method wants it, [n, H, W]."""
-        return self.pixels if self.reduction == "sum" else self.values.amax(1)
-
-    @cached_property
-    def pixels(self) -> Tensor:
-        """The sum over the channels, whatever the method's own reduction, [n, H, W]."""
-        return self.values.sum(1) if self.values.dim() > 2 else self.values
-
-
-@dataclass(frozen=True, eq=False)
-class Views:
-    """Images that the model shall see, made when their turn comes.
-
-    Attributes:
-        rows: of which image of the chunk each is a version, [count].
-        make: makes some of them, [m, ...], in the dtype of the images.
-        scoring: what is read from the output: the target's score as it is ("logit"), its softmax ("prob"), the
-            logarithm of that ("log_prob"), or 1 if it is the largest ("accuracy").
-    """
-
-    rows: Tensor
-    make: Callable[[slice], Tensor]
-    scoring: Scoring = "logit"
-
-    def __len__(self) -> int:
-        return len(self.rows)
 
 
 @dataclass(eq=False)
@@ -202,36 +129,11 @@ class Study:
         """Both orders of values [n, cells]."""
         cells = values.shape[1]
         shuffled = self.once(("ties", cells), lambda: self.permutations(_TIES, cells))
-        if most is None or most > cells // 4 or values.dtype != torch.float32 or cells >= 2**31:
-            order = torch.sort(values.gather(1, shuffled), dim=1, descending=True, stable=True).indices
-            order = shuffled.gather(1, order)
-            return order, order.flip(1)
-        # The ends of the order alone are a fraction of the work. Each pixel gets a key of its own, so that these are
-        # the ends of one order: the bits of its value, which sort like integers, then its place in the shuffled order.
-        bits = (values + 0.0).view(torch.int32)  # adding zero makes -0 an ordinary zero
-        keys = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long() << 31
-        places = torch.arange(cells, device=values.device).expand_as(shuffled)
-        keys -= self.once(("tie places", cells), lambda: torch.empty_like(shuffled).scatter_(1, shuffled, places))
-        ends = (keys.topk(most, dim=1, largest=largest).indices for largest in (True, False))
-        first, last = ends
-        return first, last
+        return both_ends(values, shuffled, lambda: self.once(("tie places", cells), lambda: inverse(shuffled)), most)
 
     def regions(self, heatmap: Tensor, region: int) -> Tensor:
-        """Sums over regions of `region` x `region` pixels, those at the right and lower border cut, [n, h, w].
-
-        Raises:
-            InputError: the images have no height and width.
-        """
-        if region == 1:
-            return heatmap
-        if heatmap.dim() != 3:
-            raise InputError(
-                f"Regions need images [N, C, H, W], got maps of shape {list(heatmap.shape)}. Set region=1."
-            )
-        height, width = heatmap.shape[1:]
-        padded = nn.functional.pad(heatmap, (0, -width % region, 0, -height % region))
-        down, across = padded.shape[1] // region, padded.shape[2] // region
-        return padded.view(len(padded), down, region, across, region).sum((2, 4))
+        """Sums over regions of `region` x `region` pixels; see `attrbox.metrics.ranking.region_sums`."""
+        return region_sums(heatmap, region)
 
     def cells(self, region: int) -> int:
         """How many regions an image has."""
@@ -298,14 +200,14 @@ class Study:
         while start < total:
 
             def work(size: int, start: int = start) -> int:
-                pieces = _pieces(requests, start, start + size)
-                images = [requests[index].make(part) for index, part in pieces]
+                shown = pieces(requests, start, start + size)
+                images = [requests[index].make(part) for index, part in shown]
                 outputs = self._forward(torch.cat(images) if len(images) > 1 else images[0])
-                rows = torch.cat([requests[index].rows[part] for index, part in pieces])
-                scorings = {requests[index].scoring for index, _ in pieces}
+                rows = torch.cat([requests[index].rows[part] for index, part in shown])
+                scorings = {requests[index].scoring for index, _ in shown}
                 scored = {scoring: self._score(outputs, rows, scoring) for scoring in scorings}
                 done = 0
-                for index, part in pieces:
+                for index, part in shown:
                     count = part.stop - part.start
                     scores[index][part] = scored[requests[index].scoring][done : done + count]
                     done += count
@@ -353,22 +255,22 @@ class Study:
         recipes = [(label, one) for label, one in explainers.items() if isinstance(one, Recipe)]
         self.once(("of this model",), lambda: self._check_model([label for label, _ in recipes]))
         # One call for the methods whose maps were made alike.
-        for provenance in {_frozen(recipe.provenance): recipe.provenance for _, recipe in recipes}.values():
-            alike = {label: one for label, one in recipes if _frozen(one.provenance) == _frozen(provenance)}
+        for provenance in {frozen(recipe.provenance): recipe.provenance for _, recipe in recipes}.values():
+            alike = {label: one for label, one in recipes if frozen(one.provenance) == frozen(provenance)}
             made.update(self._compared(model, images, alike, provenance))
         for label, one in explainers.items():
             if callable(one):
                 with torch.enable_grad():
                     made[label] = one(model, images, self.classes, self.seeds)
         return {
-            label: replace(maps, values=_as_kept(made[label].detach().to(self.images), maps, label))
+            label: replace(maps, values=as_kept(made[label].detach().to(self.images), maps, label))
             for label, maps in self.maps.items()
         }
 
     def _compared(
         self, model: nn.Module, images: Tensor, recipes: Mapping[str, Recipe], made: Provenance
     ) -> dict[str, Tensor]:
-        distinct = {_named(recipe): recipe for recipe in recipes.values()}
+        distinct = {named(recipe): recipe for recipe in recipes.values()}
         listed = [(recipe.method, self._own(recipe.options)) for recipe in distinct.values()]
         compared = compare(
             model,
@@ -382,7 +284,7 @@ class Study:
             progress=False,
         )
         maps = dict(zip(distinct, compared.values(), strict=True))
-        return {label: maps[_named(recipe)].values for label, recipe in recipes.items()}
+        return {label: maps[named(recipe)].values for label, recipe in recipes.items()}
 
     def _own(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """The options with the rows of these images, where a tensor has one for each of the call's."""
@@ -477,35 +379,3 @@ class Study:
         if key not in self._cache:
             self._cache[key] = compute()
         return cast(T, self._cache[key])
-
-
-def _frozen(made: Provenance) -> tuple[object, ...]:
-    seed = made.seed if isinstance(made.seed, int) else tuple(made.seed)
-    return (seed, made.precision, made.channels_last)
-
-
-def _named(recipe: Recipe) -> str:
-    return f"{recipe.method} {sorted((name, str(identity(value))) for name, value in recipe.options.items())}"
-
-
-def _as_kept(values: Tensor, maps: Maps, label: str) -> Tensor:
-    """New maps in the form of those that are kept, which may have their channels reduced."""
-    kept = maps.values
-    if values.dim() == kept.dim() > 2 and kept.shape[1] == 1 < values.shape[1]:
-        values = values.sum(1, keepdim=True) if maps.reduction == "sum" else values.amax(1, keepdim=True)
-    if values.numel() != kept.numel():
-        raise InputError(
-            f"Expected maps of shape {list(kept.shape)} when {label!r} explains again, got {list(values.shape)}."
-        )
-    return values.reshape(kept.shape)
-
-
-def _pieces(requests: Sequence[Views], start: int, stop: int) -> list[tuple[int, slice]]:
-    """The views `start` to `stop` of all requests, laid end to end: (request, which of its views)."""
-    pieces, before = [], 0
-    for index, views in enumerate(requests):
-        inside = slice(max(start - before, 0), min(stop - before, len(views)))
-        if inside.start < inside.stop:
-            pieces.append((index, inside))
-        before += len(views)
-    return pieces

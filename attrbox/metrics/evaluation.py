@@ -17,14 +17,13 @@ from attrbox.core.dense_tensors import dense
 from attrbox.core.half_precision import HALF
 from attrbox.core.memory import images_per_pass
 from attrbox.core.model_state import check_model, untouched
+from attrbox.core.options import choose
 from attrbox.core.random_streams import check_seeds, mixed
 from attrbox.core.targets import Target, TargetLike, classes, top
-from attrbox.engine.recorder import forward
+from attrbox.core.validation import check_count, check_images
+from attrbox.engine.calling import forward
 from attrbox.errors import InputError, OptionError, at_work, shown
-from attrbox.methods.base import check_count, choose
-from attrbox.methods.comparison import check_images
-from attrbox.metrics.base import Measurement, Metric
-from attrbox.metrics.base import metric_registry as registry
+from attrbox.metrics.base import Measurement, Metric, metric_registry as registry
 from attrbox.metrics.context import Study
 from attrbox.metrics.results import Evaluation
 from attrbox.metrics.scores import Score

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from attrbox.core.dense_tensors import dense
 from attrbox.core.random_streams import numbers
 from attrbox.core.results import Attribution, ChannelReduction, Provenance
+from attrbox.data.maps.attributes import options_in, provenance_in
 from attrbox.data.maps.reader import MapsFile
-from attrbox.data.maps.schema import dataset_name, options_in, provenance_in
+from attrbox.data.maps.schema import dataset_name
 from attrbox.errors import AttrboxError, InputError, shown
 from attrbox.methods.base import method_registry as registry
-from attrbox.metrics.context import Explainer, Maps, Recipe
+from attrbox.metrics.records import Explainer, Maps, Recipe
 
 MapsLike: TypeAlias = "Mapping[str, Any] | MapsFile | h5py.File"
 # What makes maps again: a function, a method, or a method with its options.

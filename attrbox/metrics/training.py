@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from attrbox.core.model_state import untouched
 from attrbox.core.outputs import unwrap
 from attrbox.core.random_streams import mixed
-from attrbox.engine.recorder import forward
+from attrbox.core.validation import check, check_count
+from attrbox.engine.calling import forward
 from attrbox.errors import InputError, ModelError
-from attrbox.methods.base import check, check_count
 
 ModelFactory: TypeAlias = Callable[[], nn.Module]
 # Trains a fresh model on images [N, ...] and labels [N]; what it returns, if not None, is the trained model.

@@ -212,7 +212,7 @@ def _run(
 
     from attrbox.data.images import load_images
     from attrbox.data.models import load_model
-    from attrbox.methods.comparison import compare
+    from attrbox.methods.explaining import compare
     from attrbox.pipeline.arguments import parse_device, parse_methods, parse_target
 
     chosen = parse_methods(methods)

@@ -21,9 +21,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from pydantic_core import ErrorDetails
 
 from attrbox.core.atomic_files import as_path
+from attrbox.core.options import choose
 from attrbox.data.models import SHORTHANDS
 from attrbox.errors import AttrboxError, FileError, OptionError, near_miss, shown
-from attrbox.methods.base import choose, method_registry
+from attrbox.methods.base import method_registry
 from attrbox.metrics.base import metric_registry
 
 Entry = str | dict[str, Any]

@@ -22,21 +22,22 @@ from torch.utils.data import DataLoader
 from attrbox.core.atomic_files import as_path
 from attrbox.core.memory import MOST_PER_PASS
 from attrbox.core.model_state import check_model
+from attrbox.core.options import choose
 from attrbox.core.progress import progress_bar
 from attrbox.core.random_streams import check_seeds
 from attrbox.core.targets import Target
-from attrbox.data.labels import ClassNames, read_labels
+from attrbox.core.validation import check_choice, check_count
+from attrbox.data.labels import read_labels
 from attrbox.data.maps.journal import Journal
-from attrbox.data.maps.reader import MapsFile, MethodMaps
-from attrbox.data.maps.schema import Compression, DType, check_storage, options_in, plain
+from attrbox.data.maps.schema import Compression, DType, check_storage
 from attrbox.data.maps.writer import Flags, Growing, Layout, Output, known_targets
 from attrbox.data.models import LoadedModel
-from attrbox.data.samples import Batch, Picture, Samples, SamplesLike, samples_of
-from attrbox.errors import FileError, InputError, ModelError, TargetError, shown
-from attrbox.methods.base import Method, MethodSpec, check_choice, check_count, choose
-from attrbox.methods.base import method_registry as registry
+from attrbox.data.samples import Batch, Samples, SamplesLike
+from attrbox.errors import FileError, InputError, TargetError, shown
+from attrbox.methods.base import Method, MethodSpec, method_registry as registry
 from attrbox.methods.comparison import MethodLike
-from attrbox.pipeline.job import Channels, ExportTarget, Job, count_classes, device_of, of_rows
+from attrbox.pipeline.job import Channels, ExportTarget, Job, device_of, of_rows
+from attrbox.pipeline.samples_given import labelled, samples_given, understood
 from attrbox.pipeline.shards import Shard
 
 _QUEUE = 2  # batches that may wait to be written
@@ -166,10 +167,10 @@ def export(
     if isinstance(data, DataLoader):
         batch_size = batch_size or data.batch_size
         workers = data.num_workers if workers is None else workers
-    samples = data if isinstance(data, Samples) else _samples(data, loaded, preprocess, ids, photographs)
+    samples = data if isinstance(data, Samples) else samples_given(data, loaded, preprocess, ids, photographs)
     if labels is not None:
         samples = samples.labeled(labels if isinstance(labels, Mapping) else read_labels(labels))
-    samples, names = _understood(samples, loaded, module, target)
+    samples, names = understood(samples, loaded, module, target)
     check_seeds(seed, len(samples))
     if not isinstance(target, str):
         Target(target, len(samples))  # of the right length
@@ -189,7 +190,7 @@ def export(
         job = Job(
             model=module,
             samples=samples,
-            methods=_labelled(chosen, methods, growing, beside),
+            methods=labelled(chosen, methods, growing, beside),
             target=target,
             seed=seed,
             batch_size=batch_size or (growing.settings["batch_size"] if growing else _usual_batch(module)),
@@ -217,84 +218,6 @@ def export(
     return Summary(path, len(samples), images, output.maps, done, failed, seconds, whole if joined else None)
 
 
-def recompute(
-    maps: MapsFile,
-    sample: int | str,
-    model: nn.Module | LoadedModel | Callable[[Tensor], Any],
-    data: SamplesLike,
-    *,
-    target: ExportTarget = None,
-    preprocess: Callable[[Any], Tensor] | None = None,
-) -> dict[str, Tensor]:
-    """The maps of one sample once more, by what the file tells of how they were made; bit-equal on the same machine.
-
-    The sample goes through the model with the batch mates that it had.
-
-    Args:
-        maps: an open file that `export` wrote.
-        sample: its id or place.
-        model, data, preprocess: as they were for `export`.
-        target: only if it was a function.
-
-    Returns:
-        label -> map [C, H, W] ([K, C, H, W] for K targets), in the file's dtype, of the methods that have one.
-
-    Raises:
-        InputError: the file does not tell enough (it was merged or split, or options are tensors), the data or the
-            model are not what they were, or the sample cannot be explained.
-    """
-    settings = maps.settings
-    if not settings.get("batch_size"):
-        raise InputError(f"{str(maps.path)!r} does not tell how its batches were made: not a file of attrbox.export.")
-    loaded = model if isinstance(model, LoadedModel) else None
-    samples = data if isinstance(data, Samples) else _samples(data, loaded, preprocess, None, False)
-    seeds = maps.column("seed")
-    job = Job(
-        model=model.model if isinstance(model, LoadedModel) else model,
-        samples=samples,
-        methods={label: (one.method, _known_options(one)) for label, one in maps.items()},
-        target=target,
-        seed=settings["seed"] if seeds is None else seeds.tolist(),
-        batch_size=settings["batch_size"],
-        precision=settings["precision"] and getattr(torch, settings["precision"].removeprefix("torch.")),
-        channels_last=settings["channels_last"],
-        channels=settings["channels"],
-        dtype=settings["dtype"],
-        compression=settings["compression"],
-    )
-    row = maps.place(sample)
-    unasked = ("target", "seed", "labels_sha256")  # which the file has for each sample
-    other = [name for name, value in job.settings.items() if name not in unasked and settings[name] != value]
-    pending = {
-        label: one.done & (np.arange(len(samples)) // job.batch_size == row // job.batch_size)
-        for label, one in maps.items()
-    }
-    if other or not any(wanted[row] for wanted in pending.values()):
-        raise InputError(
-            f"{str(maps.path)!r} was made otherwise: {', '.join(other)} differ."
-            if other
-            else f"The file has no map of the sample {maps.ids[row]!r}."
-        )
-    (batch,) = samples.batches(job.batches(pending))
-    known = known_targets(maps.column("target"), [one.row for one in batch.samples])
-    result, error = job.explain(batch, pending, known)
-    found = {
-        label: attribution.values[rows.index(row)].to(getattr(torch, job.dtype))
-        for label, (rows, attribution) in result.maps.items()
-        if row in rows
-    }
-    if not found:
-        raise error or InputError(f"The sample {maps.ids[row]!r} cannot be explained any more.")
-    return found
-
-
-def _known_options(one: MethodMaps) -> dict[str, Any]:
-    options = options_in(one.dataset.file, one.dataset)
-    if options is None:
-        raise InputError(f"The options of {one.label!r} are tensors that the file does not keep. Explain it anew.")
-    return options
-
-
 # ----------------------------------------------------------------------------------------------------- what is checked
 
 
@@ -319,42 +242,6 @@ def _check(
         )
 
 
-def _samples(
-    data: SamplesLike,
-    loaded: LoadedModel | None,
-    preprocess: Callable[[Any], Tensor] | None,
-    ids: Sequence[str] | None,
-    photographs: bool,
-) -> Samples:
-    picture = Picture(loaded.mean, loaded.std) if loaded else Picture()
-    preprocess = preprocess or (loaded.preprocess if loaded else None)
-    return samples_of(data, preprocess=preprocess, ids=ids, picture=picture if photographs else None)
-
-
-def _understood(
-    samples: Samples, loaded: LoadedModel | None, module: nn.Module | Callable[[Tensor], Any], target: ExportTarget
-) -> tuple[Samples, ClassNames]:
-    """The samples with labels that are classes of the model, where they can be, and what these classes are called."""
-    categories = loaded.categories if loaded else None
-    required = isinstance(target, str)
-    try:
-        labels = samples.label_names
-    except InputError:
-        if required:
-            raise
-        samples, labels = samples.unlabeled(), None
-    if labels is None:
-        return samples, ClassNames(categories, None if categories is None else len(categories))
-    count = count_classes(module, samples)
-    if categories is not None and count not in (None, len(categories)):
-        raise ModelError(
-            f"Expected a name for each of the model's {count} classes, got {len(categories)} of them. Labels cannot be "
-            "told by these."
-        )
-    names = ClassNames(categories, count).assumed(labels)
-    return samples.translated(names, required), names
-
-
 def _existing(journal: Journal, resume: bool, overwrite: bool) -> Growing | None:
     """The file to go on with, if there is one."""
     if overwrite or not journal.path.exists():
@@ -362,34 +249,6 @@ def _existing(journal: Journal, resume: bool, overwrite: bool) -> Growing | None
     if not resume:
         raise FileError(f"{str(journal.path)!r} exists already. Choose another path, resume=True or overwrite=True.")
     return Growing(journal)
-
-
-def _labelled(
-    chosen: Mapping[str, tuple[MethodSpec, Method]],
-    methods: Sequence[MethodLike],
-    growing: Growing | None,
-    beside: bool,
-) -> dict[str, tuple[str, Mapping[str, Any]]]:
-    """label -> name and options. What the file has with the same options keeps the label that it has there."""
-    labelled: dict[str, tuple[str, Mapping[str, Any]]] = {}
-    there = {} if growing is None else growing.methods
-    for (label, (spec, method)), entry in zip(chosen.items(), methods, strict=True):
-        options = plain(spec.settings(method))
-        same = [known for known, made in there.items() if made == (spec.name, options)]
-        if same:
-            label = same[0]
-        elif label in there:
-            old = there[label][1]
-            other = {name: (old.get(name), value) for name, value in options.items() if old.get(name) != value}
-            if not beside:
-                told = ", ".join(f"{name} {was!r} there and {now!r} here" for name, (was, now) in other.items())
-                raise FileError(
-                    f"The file has {label!r} with other options: {told}. Write it beside (beside=True, --beside), "
-                    "give the same options, or choose another path."
-                )
-            label = f"{label}({', '.join(f'{name}={now}' for name, (_, now) in other.items())})"
-        labelled[label] = (spec.name, {} if isinstance(entry, str) else entry[1])
-    return labelled
 
 
 def _check_same(growing: Growing, layout: Layout, samples: Samples) -> None:

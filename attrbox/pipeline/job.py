@@ -15,10 +15,11 @@ from attrbox.core.outputs import Outputs
 from attrbox.core.results import Attribution
 from attrbox.core.targets import Target, TargetLike, classes, top
 from attrbox.data.labels import ClassNames
-from attrbox.data.maps.schema import Columns, Compression, DType, flaws, plain, sample_columns
+from attrbox.data.maps.attributes import plain
+from attrbox.data.maps.schema import Columns, Compression, DType, flaws, sample_columns
 from attrbox.data.maps.writer import Flags, Layout, Written
 from attrbox.data.samples import Batch, Label, Sample, Samples
-from attrbox.engine.recorder import forward
+from attrbox.engine.calling import forward
 from attrbox.errors import (
     AttrboxError,
     InputError,
@@ -32,7 +33,8 @@ from attrbox.errors import (
     shown,
 )
 from attrbox.methods.base import method_registry as registry
-from attrbox.methods.comparison import Comparison, compare
+from attrbox.methods.comparison import Comparison
+from attrbox.methods.explaining import compare
 
 Channels: TypeAlias = Literal["all", "one"]
 ExportTarget: TypeAlias = "TargetLike | Literal['label']"

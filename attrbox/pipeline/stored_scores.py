@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from attrbox.data.maps.attributes import plain, storable
 from attrbox.data.maps.journal import Journal, Transactions
 from attrbox.data.maps.reader import MapsFile
-from attrbox.data.maps.schema import dataset_name, plain, storable
+from attrbox.data.maps.schema import dataset_name
 from attrbox.errors import FileError
 from attrbox.metrics.results import Evaluation
 from attrbox.metrics.scores import Score

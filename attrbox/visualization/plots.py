@@ -12,25 +12,36 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
-import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import LinearSegmentedColormap, Normalize, to_rgba
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 from torch import Tensor
 
 from attrbox.core.atomic_files import as_path, whole_file
 from attrbox.core.results import Attribution
 from attrbox.errors import FileError, InputError, OptionError, shown
-
-Array: TypeAlias = NDArray[np.floating[Any]]
-
-PERCENTILE = 99.5
+from attrbox.visualization.colors import (
+    FRAME,
+    GREY,
+    INK,
+    OVERLAY,
+    PERCENTILE,
+    SIGNED,
+    SMALL,
+    TYPE,
+    Array,
+    draw_map,
+    draw_photograph,
+    finite_or_not,
+    photograph_pixels,
+    picture,
+    plane,
+)
 
 # Sizes in inches, type in points.
 _PANEL, _GAP, _MARGIN = 1.1, 0.05, 0.12
@@ -39,21 +50,7 @@ _LINE, _LETTER = 0.135, 0.075
 _FOOT = 0.56
 _BAR_WIDTH, _BAR_HEIGHT = 2.0, 0.08
 _LEAST_WIDTH = 3.2
-_TYPE, _SMALL = 8.0, 6.5
-_INK, _GREY, _FRAME = "#222222", "#777777", "#cccccc"
 _LARGEST = 2**16 - 1  # pixels in width or height that the renderer can do
-
-_TONES = {-1: "#0a3d91", -0.6: "#3f7fd0", -0.25: "#a9cbf0", 0: "#ffffff", 0.25: "#f9b8a6", 0.6: "#dd4b3e", 1: "#a00014"}
-
-
-def _colours(opacity: Callable[[float], float]) -> LinearSegmentedColormap:
-    """The tones, each as opaque as `opacity` of its value; few enough steps for small files, enough for the eye."""
-    stops = [((value + 1) / 2, to_rgba(tone, opacity(abs(value)))) for value, tone in _TONES.items()]
-    return LinearSegmentedColormap.from_list("attrbox", stops, N=91)
-
-
-_COLOURS = _colours(lambda size: 1)
-_OVERLAY = _colours(lambda size: min(max(1.6 * (size - 0.2), 0), 0.95))
 
 
 def plot_comparison(
@@ -105,11 +102,11 @@ def plot_comparison(
     for row, (photograph, title) in enumerate(zip(table.photographs, titles, strict=True)):
         y = top + row * down
         sheet.text(left - 0.08, y + (down - _GAP) / 2, title, ha="right", va="center")
-        _draw_photograph(sheet.axes(left, y, _PANEL, down - _GAP), photograph)
+        draw_photograph(sheet.axes(left, y, _PANEL, down - _GAP), photograph)
         for column, maps in enumerate(table.maps, 1):
-            _draw_map(sheet.axes(left + column * across, y, _PANEL, down - _GAP), maps[row])
+            draw_map(sheet.axes(left + column * across, y, _PANEL, down - _GAP), maps[row])
     sheet.colour_bar(min(left + panels / 2, sheet.width - _LEAST_WIDTH / 2), foot)
-    sheet.text(_MARGIN, sheet.height - 0.05, table.note, ha="left", va="bottom", color=_GREY, size=_SMALL)
+    sheet.text(_MARGIN, sheet.height - 0.05, table.note, ha="left", va="bottom", color=GREY, size=SMALL)
     return sheet.saved(path)
 
 
@@ -138,10 +135,10 @@ def plot_map(
         OptionError: dpi is not a positive number.
         FileError: the file cannot be written.
     """
-    scores = _plane(_numbers(heatmap, "a heatmap").numpy())
+    scores = plane(finite_or_not(heatmap, "a heatmap").numpy())
     if not scores.size:
         raise InputError(f"Expected a heatmap [H, W], got the shape {list(scores.shape)}.")
-    photograph = _photograph(image)
+    photograph = photograph_pixels(image)
     strip = len(scores) == 1
     side = 2 * _PANEL
     height = side * (_STRIP if strip else _aspect(*scores.shape))
@@ -150,13 +147,13 @@ def plot_map(
     top = _MARGIN + (2 * _LINE if title else 0)
     panels = 2 if strip else 3
     sheet = _Sheet(2 * _MARGIN + panels * (side + _GAP) - _GAP, top + height + _GAP + _FOOT, dpi)
-    sheet.text(sheet.width / 2, top - 0.09, _wrapped(title or "", 90, 1), ha="center", va="bottom", size=_TYPE + 1)
+    sheet.text(sheet.width / 2, top - 0.09, _wrapped(title or "", 90, 1), ha="center", va="bottom", size=TYPE + 1)
     axes = [sheet.axes(_MARGIN + column * (side + _GAP), top, side, height) for column in range(panels)]
-    _draw_photograph(axes[0], photograph)
-    _draw_map(axes[1], scores)
+    draw_photograph(axes[0], photograph)
+    draw_map(axes[1], scores)
     if not strip:
-        _draw_photograph(axes[2], photograph if photograph.ndim == 2 else photograph.mean(2))
-        _draw_map(axes[2], scores, _OVERLAY)
+        draw_photograph(axes[2], photograph if photograph.ndim == 2 else photograph.mean(2))
+        draw_map(axes[2], scores, OVERLAY)
     sheet.colour_bar(sheet.width / 2, sheet.height - _FOOT)
     return sheet.saved(path)
 
@@ -208,9 +205,9 @@ def _table(
     rows = min(total, max_images)
     shown = range(-(-rows // targets))  # images, the last perhaps not with all its targets
     if photographs is None:
-        seen = [_picture(_numbers(images[index], "images"), stretch=True) for index in shown]
+        seen = [picture(finite_or_not(images[index], "images"), stretch=True) for index in shown]
     else:
-        seen = [_photograph(photographs[index]) for index in shown]
+        seen = [photograph_pixels(photographs[index]) for index in shown]
     if images.dim() == 4:
         for photograph in seen:
             _check_crop(photograph, images.shape[-2], images.shape[-1])
@@ -282,94 +279,12 @@ def _titles(
 
 def _heatmaps(label: str, attribution: Attribution, images: int) -> list[Array]:
     """The maps of the first images, for all their targets, [h, w] each."""
-    values = _numbers(attribution.values[:images], f"the maps of {label!r}")
+    values = finite_or_not(attribution.values[:images], f"the maps of {label!r}")
     heatmaps = replace(attribution, values=values).heatmap().flatten(0, attribution.score.dim() - 1)
-    return [_plane(heatmap.numpy()) for heatmap in heatmaps]
-
-
-def _numbers(values: object, what: str) -> Tensor:
-    """The tensor in double precision, where matplotlib can read it."""
-    if not isinstance(values, Tensor) or values.is_meta or values.is_complex():
-        got = values.device if isinstance(values, Tensor) and values.is_meta else getattr(values, "dtype", type(values))
-        raise InputError(f"Expected {what} as a torch.Tensor of real numbers with data, got {got}.")
-    return values.detach().cpu().double()
-
-
-def _plane(array: Array) -> Array:
-    """[H, W]: a vector as one row, of a volume the middle slice."""
-    array = np.atleast_2d(array)
-    while array.ndim > 2:
-        array = array[len(array) // 2]
-    return array
-
-
-def _picture(image: Tensor, stretch: bool = False) -> Array:
-    """[H, W] or [H, W, 3] in 0 .. 1 of an image whose channels come first."""
-    channels = image.nan_to_num(0, 0, 0).numpy()
-    if channels.ndim < 3:  # a vector is one row, a sequence has its channels as rows
-        picture = np.atleast_2d(channels)
-    else:
-        planes = np.stack([_plane(channel) for channel in channels], axis=-1)
-        picture = planes if planes.shape[-1] == 3 else planes.mean(-1)
-    low, high = picture.min(), picture.max()
-    if stretch or low < 0 or high > 1:
-        picture = (picture - low) / (high - low) if high > low else np.full_like(picture, 0.5)
-    return picture
-
-
-def _photograph(photograph: Any) -> Array:
-    """The same of a tensor [C, H, W], an array [H, W], [H, W, 3] or a PIL image, of numbers in 0 .. 1 or of 8 bits."""
-    if not isinstance(photograph, Tensor):
-        array = np.asarray(photograph.convert("RGB") if hasattr(photograph, "convert") else photograph)
-        if array.dtype.kind not in "biuf" or array.ndim not in (2, 3):
-            raise InputError(
-                f"Expected a photograph as a tensor [C, H, W], an array [H, W, 3] or a PIL image, got "
-                f"{type(photograph).__name__} of shape {list(array.shape)}."
-            )
-        if array.ndim == 2:
-            array = array[..., None]
-        photograph = torch.from_numpy(np.array(array[..., :3])).movedim(-1, 0)  # without transparency
-    share = 255 if photograph.dtype == torch.uint8 else 1
-    return _picture(_numbers(photograph, "a photograph") / share)
+    return [plane(heatmap.numpy()) for heatmap in heatmaps]
 
 
 # ------------------------------------------------------------------------------------------------------ how it is drawn
-
-
-def _draw_photograph(axes: Axes, photograph: Array) -> None:
-    axes.imshow(photograph, cmap="gray", vmin=0, vmax=1, aspect="auto", interpolation="auto", origin="upper")
-
-
-def _draw_map(axes: Axes, heatmap: Array, colours: LinearSegmentedColormap = _COLOURS) -> None:
-    note = _blank(heatmap)
-    if note:
-        axes.text(0.5, 0.5, note, ha="center", va="center", color=_GREY, size=_SMALL, transform=axes.transAxes)
-        return
-    axes.imshow(
-        _scaled(heatmap),
-        cmap=colours,
-        norm=Normalize(-1, 1),
-        aspect="auto",
-        interpolation="auto",
-        interpolation_stage="data",
-        origin="upper",
-    )
-
-
-def _blank(heatmap: Array) -> str:
-    """Why a map cannot be drawn, or nothing."""
-    if np.isnan(heatmap).any():
-        return "contains NaN"
-    if np.isinf(heatmap).any():
-        return "contains infinity"
-    return "" if heatmap.any() else "all zero"
-
-
-def _scaled(heatmap: Array) -> Array:
-    """The map in -1 .. 1, where 1 is the percentile; or the largest value, if fewer pixels than that are not zero."""
-    sizes = np.abs(heatmap)
-    scale = np.percentile(sizes, PERCENTILE) or sizes.max()
-    return np.asarray(np.clip(heatmap, -scale, scale) / scale)
 
 
 def _wrapped(text: str, width: int, lines: int) -> str:
@@ -400,10 +315,10 @@ class _Sheet:
         place = (x / self.width, 1 - (y + height) / self.height, width / self.width, height / self.height)
         axes = self.figure.add_axes(place, facecolor="white", xticks=[], yticks=[])
         for spine in axes.spines.values():
-            spine.set(color=_FRAME, linewidth=0.5, visible=True)
+            spine.set(color=FRAME, linewidth=0.5, visible=True)
         return axes
 
-    def text(self, x: float, y: float, text: str, *, color: str = _INK, size: float = _TYPE, **align: Any) -> None:
+    def text(self, x: float, y: float, text: str, *, color: str = INK, size: float = TYPE, **align: Any) -> None:
         """A text, unless it is empty; dollar signs are dollar signs."""
         if text:
             place = (x / self.width, 1 - y / self.height)
@@ -414,13 +329,13 @@ class _Sheet:
         top = foot + 0.1
         middle = top + _BAR_HEIGHT / 2
         axes = self.axes(centre - _BAR_WIDTH / 2, top, _BAR_WIDTH, _BAR_HEIGHT)
-        mappable = ScalarMappable(Normalize(-1, 1), _COLOURS)
+        mappable = ScalarMappable(Normalize(-1, 1), SIGNED)
         bar = self.figure.colorbar(mappable, cax=axes, orientation="horizontal", ticks=[-1, 0, 1])
-        bar.outline.set(edgecolor=_FRAME, linewidth=0.5)
-        axes.tick_params(labelsize=_SMALL, labelcolor=_INK, color=_GREY, length=2, width=0.5, pad=1.5)
-        axes.set_xlabel(f"1 = {PERCENTILE}th percentile of |map|, in each panel", size=_SMALL, color=_GREY, labelpad=1)
-        self.text(centre - _BAR_WIDTH / 2 - 0.08, middle, "against", ha="right", va="center", size=_SMALL)
-        self.text(centre + _BAR_WIDTH / 2 + 0.08, middle, "supports", ha="left", va="center", size=_SMALL)
+        bar.outline.set(edgecolor=FRAME, linewidth=0.5)
+        axes.tick_params(labelsize=SMALL, labelcolor=INK, color=GREY, length=2, width=0.5, pad=1.5)
+        axes.set_xlabel(f"1 = {PERCENTILE}th percentile of |map|, in each panel", size=SMALL, color=GREY, labelpad=1)
+        self.text(centre - _BAR_WIDTH / 2 - 0.08, middle, "against", ha="right", va="center", size=SMALL)
+        self.text(centre + _BAR_WIDTH / 2 + 0.08, middle, "supports", ha="left", va="center", size=SMALL)
 
     def saved(self, path: str | Path | None) -> Figure:
         """The figure, after it was written to `path`, if there is one."""

@@ -12,11 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attrbox.core.atomic_files import as_path
+from attrbox.core.validation import check_count
 from attrbox.data.maps.journal import replacing
 from attrbox.data.maps.reader import MapsFile, open_maps
 from attrbox.data.maps.schema import checksum
 from attrbox.errors import FileError, InputError, OptionError, shown
-from attrbox.methods.base import check_count
 
 # Settings that may differ between the files of a merger; a part or a whole cannot be resumed.
 _OF_THE_DATA = ("samples", "data_sha256", "labels_sha256", "batch_size")

@@ -19,8 +19,9 @@ from torch.utils.data import Dataset
 from attrbox.core.atomic_files import as_path
 from attrbox.core.results import Attribution, Coverage
 from attrbox.data.labels import ClassNames
+from attrbox.data.maps.attributes import options_in, provenance_in
 from attrbox.data.maps.journal import recover
-from attrbox.data.maps.schema import SCHEMA, options_in, provenance_in
+from attrbox.data.maps.schema import SCHEMA
 from attrbox.errors import AttrboxError, FileError, InputError, UnknownNameError, near_miss
 
 Rows: TypeAlias = "int | str | slice | Sequence[int] | Sequence[str] | Tensor | NDArray[Any]"

@@ -29,8 +29,6 @@ an open file, batch by batch if need be. Text that HDF5 cannot hold (NUL, lone s
 escape, `\\x00`; a label is percent-encoded where HDF5 would take it for a path (`dataset_name`).
 """
 
-import hashlib
-import json
 import platform
 import zlib
 from collections.abc import Mapping, Sequence
@@ -45,8 +43,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from attrbox.core.hashing import tensor_bytes
-from attrbox.core.results import Attribution, Provenance
+from attrbox.core.results import Attribution
+from attrbox.data.maps.attributes import attributes_of, plain, storable
 from attrbox.data.maps.journal import replacing
 from attrbox.errors import InputError, OptionError, shown
 
@@ -210,7 +208,7 @@ def create_datasets(
         chunk = (1,) * attribution.score.dim() + tuple(attribution.values.shape[attribution.score.dim() :])
         shape = (count, *attribution.values.shape[1:])
         dataset = maps.create_dataset(name, shape, dtype, chunks=chunk, **_FILTERS[compression])
-        dataset.attrs.update(_attributes(label, attribution, (descriptions or {}).get(label, {})))
+        dataset.attrs.update(attributes_of(label, attribution, (descriptions or {}).get(label, {})))
         if isinstance(seed, int):
             dataset.attrs["seed"] = _seeds([seed])[0]
         samples.create_dataset(f"done/{name}", (count,), bool)
@@ -393,67 +391,3 @@ def _size(attribution: Attribution) -> Tensor:
     """The largest absolute value of each map, [N] or [N, K]."""
     values = attribution.values.detach()
     return values.abs().flatten(attribution.score.dim()).nan_to_num(nan=0, posinf=0).amax(-1)
-
-
-def _attributes(label: str, attribution: Attribution, description: Mapping[str, str]) -> dict[str, str]:
-    texts = {
-        "label": label,
-        "method": attribution.method,
-        "options": json.dumps(plain(attribution.options), ensure_ascii=False),
-        "units": attribution.units,
-        "reduction": attribution.reduction,
-        "coverage": str(attribution.coverage),
-        "precision": plain(attribution.provenance.precision) or "",
-        "channels_last": attribution.provenance.channels_last,
-        **description,
-    }
-    return {storable(name): storable(str(text)) for name, text in texts.items()}
-
-
-def options_in(file: h5py.Group, dataset: h5py.Dataset) -> dict[str, Any] | None:
-    """The options by which the maps of a dataset were made, tensors included; None if the file cannot tell."""
-    options: dict[str, Any] = json.loads(dataset.attrs.get("options", "{}"))
-    for name, value in options.items():
-        if isinstance(value, dict):
-            place = f"options/{value.get('sha256')}"
-            if place not in file:  # of an older attrbox, or no tensor
-                return None
-            options[name] = torch.from_numpy(file[place][()]).to(getattr(torch, value["dtype"]))
-    return options
-
-
-def provenance_in(file: h5py.Group, dataset: h5py.Dataset) -> Provenance:
-    """How the call made the maps of a dataset."""
-    samples, attributes = file["samples"], dataset.attrs
-    seed = samples["seed"][()].tolist() if "seed" in samples else int(attributes.get("seed", 0))
-    precision = str(attributes.get("precision", "")) or None
-    return Provenance(
-        seed,
-        None if precision is None else getattr(torch, precision.removeprefix("torch.")),
-        str(attributes.get("channels_last", True)) == "True",
-    )
-
-
-def plain(value: Any) -> Any:
-    """A stand-in that JSON can hold: tensors by shape, dtype and SHA-256, functions by name."""
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    if isinstance(value, float):
-        return value if np.isfinite(value) else str(value)
-    if isinstance(value, Mapping):
-        return {str(key): plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(entry) for entry in value]
-    if isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "biufc":
-        value = torch.from_numpy(np.array(value))
-    if isinstance(value, Tensor):
-        name = str(value.dtype).removeprefix("torch.")
-        return {"shape": list(value.shape), "dtype": name, "sha256": hashlib.sha256(tensor_bytes(value)).hexdigest()}
-    if callable(value) and hasattr(value, "__qualname__"):
-        return f"{value.__module__}.{value.__qualname__}"
-    return repr(value)
-
-
-def storable(text: str) -> str:
-    """The text with what HDF5 cannot hold, NUL and lone surrogates, as backslash escapes."""
-    return text.replace("\0", "\\x00").encode("utf-8", "backslashreplace").decode("utf-8")

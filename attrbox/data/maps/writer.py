@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from attrbox.core.atomic_files import whole_file
 from attrbox.core.results import Attribution
+from attrbox.data.maps.attributes import storable
 from attrbox.data.maps.journal import Journal, Transactions
 from attrbox.data.maps.schema import (
     SCHEMA,
@@ -23,7 +24,6 @@ from attrbox.data.maps.schema import (
     create_datasets,
     dataset_name,
     origin,
-    storable,
     write_header,
     write_samples,
 )

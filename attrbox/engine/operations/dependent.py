@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attrbox.engine.batch_norm import SPELLINGS, batch_norm_of
+from attrbox.engine.operations.batch_norm import SPELLINGS, batch_norm_of
 from attrbox.engine.operations.elementwise import spellings
 from attrbox.engine.operations.linearity import PRODUCTS, argument, is_activation
 from attrbox.engine.operations.operation import Function, Parts, in_place

@@ -16,9 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attrbox.core.options import option
+from attrbox.core.validation import check_choice, check_flag, check_layer
 from attrbox.engine.site import Rule
 from attrbox.errors import InputError
-from attrbox.methods.base import Method, check_choice, check_flag, check_layer, option, register_method
+from attrbox.methods.base import Method, register_method
 from attrbox.methods.context.run import Run
 from attrbox.rules.guided import GuidedBackprop
 

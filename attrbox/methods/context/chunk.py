@@ -14,8 +14,8 @@ from attrbox.core.model_state import BlackBox
 from attrbox.core.outputs import Outputs
 from attrbox.core.random_streams import numbers
 from attrbox.core.targets import Target
+from attrbox.engine.calling import forward
 from attrbox.engine.folding import Unwatched
-from attrbox.engine.recorder import forward
 from attrbox.engine.tape import Tape, record
 from attrbox.errors import InputError
 

@@ -6,12 +6,13 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from attrbox.core.options import identity
 from attrbox.core.outputs import Outputs
-from attrbox.engine.recorder import Reference, forward
+from attrbox.engine.calling import forward
 from attrbox.engine.site import Rule
+from attrbox.engine.site_function import Reference
 from attrbox.engine.tape import Tape, record
 from attrbox.errors import ModelError, UnsupportedModelError
-from attrbox.methods.base import identity
 from attrbox.methods.context.chunk import Chunk, Settings, in_channels_last
 
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from attrbox.core.memory import backing_off
+from attrbox.core.options import identity
 from attrbox.engine.first_convolution import Stem, stem_of
 from attrbox.errors import ForwardError, ModelError, NothingHiddenWarning, TargetError
-from attrbox.methods.base import identity
 from attrbox.methods.context.quadrature import quadratures
 from attrbox.methods.context.recorded import Recorded
 

@@ -4,7 +4,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from attrbox.methods.base import Method, check_baseline, check_choice, check_count, option, register_method
+from attrbox.core.options import option
+from attrbox.core.validation import check_baseline, check_choice, check_count
+from attrbox.methods.base import Method, register_method
 from attrbox.methods.context.quadrature import quadratures
 from attrbox.methods.context.run import Run
 

@@ -4,8 +4,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from attrbox.core.options import option
+from attrbox.core.validation import check_flag
 from attrbox.engine.site import Rule
-from attrbox.methods.base import Method, check_flag, option, register_method
+from attrbox.methods.base import Method, register_method
 from attrbox.methods.context.run import Run
 
 

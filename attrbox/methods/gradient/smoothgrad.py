@@ -12,7 +12,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from attrbox.methods.base import Method, check, check_count, check_flag, option, register_method
+from attrbox.core.options import option
+from attrbox.core.validation import check, check_count, check_flag
+from attrbox.methods.base import Method, register_method
 from attrbox.methods.context.run import Moments, Run, noise_key
 
 

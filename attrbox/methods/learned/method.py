@@ -26,8 +26,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attrbox.core.options import OptionInfo
+from attrbox.core.validation import check_choice
 from attrbox.errors import OptimisationWarning
-from attrbox.methods.base import Method, MethodSpec, OptionInfo, check_choice, method_registry
+from attrbox.methods.base import Method, MethodSpec, method_registry
 from attrbox.methods.context.run import Run
 from attrbox.methods.learned.chain import channel_sum, regions
 from attrbox.methods.learned.optimization import Learning, Learnt, learn

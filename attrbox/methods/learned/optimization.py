@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from attrbox.core.fills import fill_images
+from attrbox.core.options import option
 from attrbox.core.outputs import Outputs
+from attrbox.core.validation import check, check_choice, check_count, check_flag, check_number
 from attrbox.engine.site import Site
 from attrbox.engine.tape import Tape
 from attrbox.errors import NoGradientError, OptionError
-from attrbox.methods.base import check, check_choice, check_count, check_flag, check_number, option
 from attrbox.methods.context.chunk import in_channels_last
 from attrbox.methods.context.run import Run
 from attrbox.methods.learned.chain import Propagating, chained, channel_sum, prepared, recorded, sites_within, weighed

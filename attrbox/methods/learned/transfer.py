@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attrbox.core.options import REQUIRED, option
 from attrbox.engine.site import Site
 from attrbox.engine.tape import Tape
 from attrbox.errors import ModelError, OptionError
-from attrbox.methods.base import REQUIRED, option, register_method
+from attrbox.methods.base import register_method
 from attrbox.methods.context.run import Run
 from attrbox.methods.learned.chain import Propagating, chained, prepared, regions
 from attrbox.methods.learned.parameters import as_rules

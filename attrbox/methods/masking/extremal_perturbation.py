@@ -21,7 +21,9 @@ import torch
 from torch import Tensor
 
 from attrbox.core.fills import Pyramid, gaussian_blur
-from attrbox.methods.base import check, check_choice, check_count, check_flag, check_number, option, register_method
+from attrbox.core.options import option
+from attrbox.core.validation import check, check_choice, check_count, check_flag, check_number
+from attrbox.methods.base import register_method
 from attrbox.methods.context.run import Run
 from attrbox.methods.masking.generators import SmoothMax, area_loss
 from attrbox.methods.masking.optimization import Optimised, Problem, everyone

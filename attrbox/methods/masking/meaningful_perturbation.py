@@ -18,15 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attrbox.methods.base import (
-    check,
-    check_choice,
-    check_fill,
-    check_flag,
-    check_number,
-    option,
-    register_method,
-)
+from attrbox.core.options import option
+from attrbox.core.validation import check, check_choice, check_fill, check_flag, check_number
+from attrbox.methods.base import register_method
 from attrbox.methods.context.run import Run
 from attrbox.methods.masking.generators import circles, smoothing, stretched, total_variation, upsampling
 from attrbox.methods.masking.optimization import Optimised, Problem, everyone

@@ -20,9 +20,11 @@ import torch
 from torch import Tensor
 
 from attrbox.core.fills import need_images
+from attrbox.core.options import option
 from attrbox.core.targets import UNITS
+from attrbox.core.validation import check, check_choice, check_count, check_number
 from attrbox.errors import InputError, OptimisationWarning
-from attrbox.methods.base import Method, check, check_choice, check_count, check_number, option
+from attrbox.methods.base import Method
 from attrbox.methods.context.run import Run
 
 

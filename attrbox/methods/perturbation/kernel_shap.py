@@ -17,7 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attrbox.methods.base import check, option, register_method
+from attrbox.core.options import option
+from attrbox.core.validation import check
+from attrbox.methods.base import register_method
 from attrbox.methods.context.run import Run
 from attrbox.methods.perturbation.perturbing import Segmented, exact, least_squares
 

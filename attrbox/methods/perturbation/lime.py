@@ -12,7 +12,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from attrbox.methods.base import check_count, check_number, option, register_method
+from attrbox.core.options import option
+from attrbox.core.validation import check_count, check_number
+from attrbox.methods.base import register_method
 from attrbox.methods.context.run import Run
 from attrbox.methods.perturbation.perturbing import Segmented, exact, least_squares
 

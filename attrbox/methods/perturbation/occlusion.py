@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attrbox.core.options import option
+from attrbox.core.validation import check, check_choice
 from attrbox.errors import InputError
-from attrbox.methods.base import check, check_choice, option, register_method
+from attrbox.methods.base import register_method
 from attrbox.methods.context.run import Run
 from attrbox.methods.perturbation.perturbing import Perturbing, spatial
 

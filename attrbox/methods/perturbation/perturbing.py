@@ -10,8 +10,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from attrbox.core.options import option
 from attrbox.core.targets import UNITS
-from attrbox.methods.base import Method, check_choice, check_count, check_fill, check_number, option
+from attrbox.core.validation import check_choice, check_count, check_fill, check_number
+from attrbox.methods.base import Method
 from attrbox.methods.context.run import Run
 from attrbox.methods.perturbation.superpixels import cells, given, means, numbered, quickshift
 

@@ -20,8 +20,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from attrbox.core.options import option
+from attrbox.core.validation import check_count, check_flag, check_number
 from attrbox.errors import InputError
-from attrbox.methods.base import check_count, check_flag, check_number, option, register_method
+from attrbox.methods.base import register_method
 from attrbox.methods.context.run import Run
 from attrbox.methods.masking.generators import stretched, upsampling
 from attrbox.methods.perturbation.perturbing import Perturbing, spatial

@@ -12,10 +12,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from attrbox.core.options import option
 from attrbox.core.results import Conservation, Coverage, Operated
+from attrbox.core.validation import check_choice, check_flag, check_number
 from attrbox.engine.site import KINDS, LAYERS, Gradients, Rule, Site
 from attrbox.errors import OptionError
-from attrbox.methods.base import Method, check_choice, check_flag, check_number, option, register_method
+from attrbox.methods.base import Method, register_method
 from attrbox.methods.context.run import Run
 from attrbox.rules.lrp.activations import LRPEpsilon
 from attrbox.rules.lrp.composites import Composite

@@ -8,11 +8,13 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from attrbox.core.hashing import architecture_hash, known_weights_hash
+from attrbox.core.options import REQUIRED, option
 from attrbox.core.tensor_files import read_tensors, write_tensors
+from attrbox.core.validation import check_flag
 from attrbox.engine.site import LAYERS, Rule, Site
 from attrbox.engine.tape import Tape
 from attrbox.errors import ModelError, OptionError, shown
-from attrbox.methods.base import REQUIRED, Method, check_flag, option, register_method
+from attrbox.methods.base import Method, register_method
 from attrbox.methods.context.run import Run
 from attrbox.rules.pattern_attribution import PatternRule, Place
 

@@ -26,11 +26,10 @@ from tqdm.auto import tqdm
 from attrbox.core.hashing import architecture_hash, tensors_hash, weights_hash
 from attrbox.core.model_state import check_model, untouched
 from attrbox.core.outputs import unwrap
+from attrbox.core.validation import check_choice, check_count, check_images
 from attrbox.engine.site import LAYERS, RECTIFIERS, Rule, Site
 from attrbox.engine.tape import record
 from attrbox.errors import InputError, UnsupportedModelError
-from attrbox.methods.base import check_choice, check_count
-from attrbox.methods.comparison import check_images
 from attrbox.methods.propagation.pattern_attribution import LayerNames, Patterns
 
 ESTIMATORS = ("two_component", "linear")

@@ -13,19 +13,13 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from attrbox.core.options import OptionInfo, option_infos
 from attrbox.core.registry import Registry, as_dataclass
 from attrbox.core.results import ChannelReduction
+from attrbox.core.validation import check_baseline, check_flag
 from attrbox.engine.site import KINDS, LAYERS, Rule, asked
 from attrbox.errors import OptionError
-from attrbox.methods.base import (
-    Method,
-    MethodSpec,
-    OptionInfo,
-    check_baseline,
-    check_flag,
-    method_registry,
-    option_infos,
-)
+from attrbox.methods.base import Method, MethodSpec, method_registry
 from attrbox.methods.context.run import Run
 from attrbox.rules.deeplift import DeepLift
 from attrbox.rules.guided import Deconvnet, GuidedBackprop

@@ -13,10 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from attrbox.core.options import identity, option
+from attrbox.core.validation import check, check_baseline, check_choice, check_count, check_flag
 from attrbox.errors import InputError
-from attrbox.methods.base import check, check_baseline, check_choice, check_count, check_flag, identity, option
 from attrbox.metrics.base import Measurement, Metric, register_metric
-from attrbox.metrics.context import Maps, Study, Views
+from attrbox.metrics.context import Study
+from attrbox.metrics.records import Maps, Views
 from attrbox.metrics.robustness.similarity import pearson
 from attrbox.metrics.sources import Source
 

@@ -18,10 +18,12 @@ import torch
 from torch import Tensor
 
 from attrbox.core.fills import FILLS
+from attrbox.core.options import option
+from attrbox.core.validation import check, check_choice, check_count, check_flag
 from attrbox.errors import OptionError
-from attrbox.methods.base import check, check_choice, check_count, check_flag, option
 from attrbox.metrics.base import Measurement, Metric, register_metric
-from attrbox.metrics.context import SCORINGS, Scoring, Study, Views
+from attrbox.metrics.context import Study
+from attrbox.metrics.records import SCORINGS, Scoring, Views
 
 
 @dataclass(frozen=True, kw_only=True)

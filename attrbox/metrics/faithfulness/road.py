@@ -15,11 +15,13 @@ from scipy import sparse
 from scipy.sparse.linalg import splu
 from torch import Tensor
 
+from attrbox.core.options import option
+from attrbox.core.validation import check
 from attrbox.errors import InputError
-from attrbox.methods.base import check, option
 from attrbox.metrics.base import register_metric
-from attrbox.metrics.context import Scoring, Study
+from attrbox.metrics.context import Study
 from attrbox.metrics.faithfulness.curves import RankCurve
+from attrbox.metrics.records import Scoring
 
 # (row, column) of half of the neighbours; the other half is opposite, and the weights are symmetric.
 _NEIGHBOURS = {(0, 1): 1 / 6, (1, 0): 1 / 6, (1, 1): 1 / 12, (1, -1): 1 / 12}

@@ -25,13 +25,12 @@ from tqdm import tqdm
 from attrbox.core.atomic_files import as_path, whole_file
 from attrbox.core.fills import fill_images
 from attrbox.core.random_streams import mixed, numbers, permutations
+from attrbox.core.validation import check, check_flag, check_images
 from attrbox.data.maps.schema import dataset_name
 from attrbox.errors import FileError, InputError, OptionError, TrainingError
-from attrbox.methods.base import check, check_flag
-from attrbox.methods.comparison import check_images
-from attrbox.metrics.context import Maps
 from attrbox.metrics.faithfulness.curves import check_fill
 from attrbox.metrics.figures import styles
+from attrbox.metrics.records import Maps
 from attrbox.metrics.results import write_csv
 from attrbox.metrics.sources import Source, check_shapes, chunks, control_maps, defined_controls
 from attrbox.metrics.training import ModelFactory, TrainFunction, accuracy, check_labelled, train

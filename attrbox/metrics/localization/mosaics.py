@@ -9,10 +9,9 @@ from torch import Tensor, nn
 
 from attrbox.core.model_state import check_model, untouched
 from attrbox.core.outputs import unwrap
-from attrbox.engine.recorder import forward
+from attrbox.core.validation import check, check_count, check_flag, check_images
+from attrbox.engine.calling import forward
 from attrbox.errors import InputError, OptionError
-from attrbox.methods.base import check, check_count, check_flag
-from attrbox.methods.comparison import check_images
 
 
 @dataclass(frozen=True, eq=False)

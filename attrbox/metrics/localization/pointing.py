@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attrbox.core.fills import gaussian_blur
+from attrbox.core.options import option
+from attrbox.core.validation import check, check_flag
 from attrbox.errors import InputError
-from attrbox.methods.base import check, check_flag, option
 from attrbox.metrics.base import Measurement, Metric, register_metric
 from attrbox.metrics.context import Study
 

@@ -17,12 +17,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from attrbox.core.options import REQUIRED, option
 from attrbox.core.random_streams import mixed
-from attrbox.engine.recorder import forward
+from attrbox.core.validation import check_choice, check_count
+from attrbox.engine.calling import forward
 from attrbox.errors import InputError, ModelError, OptionError
-from attrbox.methods.base import REQUIRED, check_choice, check_count, option
 from attrbox.metrics.base import Measurement, Metric, register_metric
-from attrbox.metrics.context import Maps, Study
+from attrbox.metrics.context import Study
+from attrbox.metrics.records import Maps
 from attrbox.metrics.robustness.similarity import spearman, ssim
 
 SIMILARITIES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {

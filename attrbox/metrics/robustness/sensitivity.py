@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attrbox.methods.base import check, check_count, option
+from attrbox.core.options import option
+from attrbox.core.validation import check, check_count
 from attrbox.metrics.base import Measurement, Metric, register_metric
 from attrbox.metrics.context import Study
 

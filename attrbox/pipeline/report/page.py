@@ -25,7 +25,7 @@ from attrbox.data.maps.reader import MapsFile, open_maps
 from attrbox.errors import InputError
 from attrbox.metrics.results import Evaluation
 from attrbox.pipeline.stored_scores import read_scores
-from attrbox.visualization.plots import PERCENTILE
+from attrbox.visualization.colors import PERCENTILE
 
 _PAGE = Path(__file__).with_name("page_files")
 _LINES = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2", "#bcbd22", "#444444")

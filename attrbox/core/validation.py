@@ -1,0 +1,97 @@
+"""Checks of options: each raises `OptionError` with what was expected and what came."""
+
+import math
+
+from torch import Tensor
+
+from attrbox.core.dense_tensors import dense
+from attrbox.core.fills import FILLS
+from attrbox.core.half_precision import wide
+from attrbox.errors import (
+    InputError,
+    OptionError,
+    shown,
+)
+
+
+def check(valid: bool, name: str, wanted: str, value: object) -> None:
+    """Raise `OptionError` unless `valid`."""
+    if not valid:
+        raise OptionError(f"Expected {name} to be {wanted}, got {shown(value)}.")
+
+
+def check_count(name: str, value: object) -> None:
+    """A whole number of at least 1."""
+    valid = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    check(valid, name, "a whole number >= 1", value)
+
+
+def check_number(
+    name: str, value: object, *, above: float = -math.inf, least: float = -math.inf, most: float = math.inf
+) -> None:
+    """A finite number within bounds."""
+    valid = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    bounds = [f"> {above:g}"] * (above > -math.inf) + [f">= {least:g}"] * (least > -math.inf)
+    bounds += [f"<= {most:g}"] * (most < math.inf)
+    inside = valid and above < float(value) <= most and float(value) >= least  # type: ignore[arg-type]
+    check(inside, name, " and ".join(["a number", *bounds]), value)
+
+
+def check_flag(name: str, value: object) -> None:
+    """True or False."""
+    check(isinstance(value, bool), name, "True or False", value)
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """One of a few words."""
+    check(value in choices, name, " or ".join(repr(choice) for choice in choices), value)
+
+
+def check_layer(value: object) -> None:
+    """A module's name, or None for the last feature map."""
+    check(
+        value is None or isinstance(value, str), "layer", "the name of a module (model.named_modules()), or None", value
+    )
+
+
+def check_baseline(value: object, name: str = "baseline") -> None:
+    """A number or a tensor; its shape is checked against the images later."""
+    number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
+    valid = number or isinstance(value, Tensor)
+    check(valid, name, "a finite number, or a tensor of shape [C, H, W], [1, C, H, W] or [N, C, H, W]", value)
+
+
+def check_fill(value: object, further: tuple[str, ...] = ()) -> None:
+    """One of the words for a fill, or a baseline."""
+    if isinstance(value, str):
+        check_choice("fill", value, (*FILLS, *further))
+    else:
+        check_baseline(value, "fill")
+
+
+def check_images(images: object) -> Tensor:
+    """Return `images` if they are a batch of finite floating-point numbers; in float32 if they came in half precision,
+    written out if they are sparse.
+
+    Raises:
+        InputError: they are not.
+    """
+    if not isinstance(images, Tensor):
+        raise InputError(f"Expected images as a torch.Tensor [N, C, H, W], got {type(images).__name__}.")
+    images = dense(images, "images")
+    if not images.is_floating_point():
+        raise InputError(
+            f"Expected floating-point images, preprocessed as the model takes them, got {images.dtype}. "
+            "For 8-bit pixels: images.float() / 255, then the model's mean and standard deviation."
+        )
+    if images.dim() < 2:
+        raise InputError(
+            f"Expected a batch, [N, C, H, W] or another shape that begins with N, got {list(images.shape)}."
+        )
+    if images.numel() == 0:
+        raise InputError(f"Expected at least one image and one pixel, got {list(images.shape)}.")
+    # One pass over memory; only if it fails is the sum's own overflow told from a bad pixel.
+    if not images.is_meta and not bool(images.sum().isfinite()) and not bool(images.isfinite().all()):
+        bad = (~images.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
+        raise InputError(f"Expected finite pixels, got NaN or infinity in images {bad[:10]}. Mend or leave out these.")
+    return wide(images)
