@@ -26,8 +26,13 @@ if TYPE_CHECKING:
     )
     from attrbox.methods.comparison import Comparison as Comparison
     from attrbox.methods.context.run import Run as Run
+    from attrbox.methods.describing import (
+        Description as Description,
+        describe as describe,
+        list_methods as list_methods,
+    )
     from attrbox.methods.diagnosis import Diagnosis as Diagnosis, doctor as doctor
-    from attrbox.methods.explaining import compare as compare, explain as explain, list_methods as list_methods
+    from attrbox.methods.explaining import compare as compare, explain as explain
     from attrbox.methods.propagation.pattern_attribution import Patterns as Patterns
     from attrbox.methods.propagation.pattern_fitting import fit_patterns as fit_patterns
     from attrbox.methods.propagation.rule_methods import register_rule as register_rule, rule_registry as rule_registry
@@ -56,7 +61,7 @@ except _PackageNotFoundError:  # run from a source tree that is not installed
 _PLACES = {
     "attrbox.pipeline.recompute": "recompute",
     "attrbox.metrics.records": "Views",
-    "attrbox.methods.explaining": "list_methods explain compare",
+    "attrbox.methods.explaining": "explain compare",
     "attrbox.core.options": "option",
     "attrbox.core.results": "Attribution Coverage",
     "attrbox.core.targets": "classes top",
@@ -66,6 +71,7 @@ _PLACES = {
     "attrbox.methods.base": "Method method_registry register_method",
     "attrbox.methods.comparison": "Comparison",
     "attrbox.methods.context.run": "Run",
+    "attrbox.methods.describing": "Description describe list_methods",
     "attrbox.methods.diagnosis": "Diagnosis doctor",
     "attrbox.methods.propagation.pattern_attribution": "Patterns",
     "attrbox.methods.propagation.pattern_fitting": "fit_patterns",

@@ -20,9 +20,11 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import attrbox
+from attrbox.data.maps import journal
 from attrbox.data.maps.journal import Journal, journal_of
 from attrbox.data.models import LoadedModel, Preprocess
 from attrbox.errors import FileError, InputError, NoGradientError, OptionError, TargetError
+from attrbox.pipeline import job
 
 
 @pytest.fixture
@@ -150,8 +152,8 @@ def test_a_method_that_is_added_is_all_that_is_computed(path, tmp_path, monkeypa
     export(tmp_path / "whole.h5", methods=["saliency", "deeplift"])
     export(path, methods=["saliency"])
     asked = []
-    original = attrbox.job.compare
-    monkeypatch.setattr(attrbox.job, "compare", lambda *a, **k: (asked.append(a[2]), original(*a, **k))[1])
+    original = job.compare
+    monkeypatch.setattr(job, "compare", lambda *a, **k: (asked.append(a[2]), original(*a, **k))[1])
     summary = export(path, methods=["saliency", "deeplift"])
     assert [[name for name, _ in methods] for methods in asked] == [["deeplift"]] * 3
     assert summary.maps == 10
@@ -556,7 +558,7 @@ def test_a_full_disk_is_told(path, monkeypatch):
 
     export(path, methods=["saliency"])
     before = content(path)
-    monkeypatch.setattr(attrbox.journal, "_write_all", full)
+    monkeypatch.setattr(journal, "_write_all", full)
     with pytest.raises(FileError, match=r"maps.h5' any further .*No space left.*make space"):
         export(path, methods=["saliency", "deeplift"])
     monkeypatch.undo()

@@ -1,8 +1,10 @@
 """The README's code runs, and its table of methods is the registry's."""
 
+import ast
 import re
 from pathlib import Path
 
+import pytest
 import torch
 
 import attrbox
@@ -53,7 +55,19 @@ def test_the_table_lists_every_method():
 
 
 def test_all_is_what_is_there():
-    assert all(hasattr(attrbox, name) for name in attrbox.__all__)
-    public = {name for name, value in vars(attrbox).items() if not name.startswith("_")}
-    modules = {name for name in public if type(getattr(attrbox, name)).__name__ == "module"} - {"errors"}
-    assert public - modules == set(attrbox.__all__)
+    assert set(dir(attrbox)) == {*attrbox.__all__, "__version__"}
+    modules = {path.stem for path in Path(attrbox.__file__).parent.iterdir()} - {"errors"}
+    assert modules.isdisjoint(attrbox.__all__)  # no public name is the name of a module or package
+    for name in attrbox.__all__:
+        assert type(getattr(attrbox, name)).__name__ != "module" or name == "errors"
+    with pytest.raises(AttributeError, match="has no attribute 'explian'"):
+        attrbox.explian  # noqa: B018
+
+
+def test_what_editors_see_is_what_is_there():
+    """The names that are imported for type checkers are those that are imported on demand, from the same places."""
+    tree = ast.parse(Path(attrbox.__file__).read_text(encoding="utf-8"))
+    (block,) = (node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+    seen = {alias.name: node.module for node in block.body for alias in node.names}
+    assert seen == attrbox._HOME
+    assert all(alias.name == alias.asname for node in block.body for alias in node.names)

@@ -45,7 +45,7 @@ from attrbox.errors import (
 
 # Linear layers, where only one of the factors depends on the images.
 _LINEAR_LAYERS = frozenset({"linear", "matmul", "rmatmul", "addmm", "baddbmm", "bmm", "mm", "einsum"})
-_OWN_FUNCTIONS = frozenset({"_SiteFunctionBackward", "LinearMapFunctionBackward"})
+_OWN_FUNCTIONS = frozenset({"SiteFunctionBackward", "LinearMapFunctionBackward"})
 
 
 class Recorder(TorchFunctionMode):

@@ -14,11 +14,6 @@ from attrbox.methods.comparison import Comparison, MethodLike
 from attrbox.methods.planner import Call, run_methods
 
 
-def list_methods() -> list[str]:
-    """Names of all methods, plug-ins included; `attrbox.method_registry[name]` tells more about each."""
-    return list(registry)
-
-
 def explain(
     model: nn.Module | Callable[[Tensor], Any],
     images: Tensor,

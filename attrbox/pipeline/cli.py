@@ -169,6 +169,7 @@ def methods(
     Examples: `attrbox methods`, `attrbox methods integrated_gradients`, `attrbox methods --json`
     """
     from attrbox.methods.base import method_registry as registry
+    from attrbox.methods.describing import describe
 
     specs = list(registry.values()) if name is None else [registry[name]]
     if as_json:
@@ -177,9 +178,7 @@ def methods(
     elif name is None:
         _print_table(["Method", "Aliases", "Summary", "Reference"], [_cells(spec) for spec in specs])
     else:
-        spec = specs[0]
-        say(f"{spec.name}: {spec.summary}\nReference: {spec.reference}\nAliases: {', '.join(spec.aliases) or '-'}\n")
-        _print_table(["Option", "Default", "Meaning"], [[o.name, repr(o.default), o.help] for o in spec.options])
+        say(str(describe(name)))
 
 
 for command in (export, inspect, evaluate, report, doctor, configs, merge, split):
