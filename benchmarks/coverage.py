@@ -33,7 +33,7 @@ from torch import Tensor, nn
 import attrbox
 from attrbox.core.memory import keep_pages
 
-sys.path.append(str(Path(__file__).parents[1] / "tests"))
+sys.path.append(str(Path(__file__).parents[1] / "tests/support"))
 from nets import calibrate, images
 
 RESULTS = Path(__file__).with_suffix(".jsonl")

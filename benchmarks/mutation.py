@@ -316,7 +316,7 @@ def forked(work: Callable[[], Any], folder: Path, seconds: float) -> Any:
             os.dup2(log, 1)
             os.dup2(log, 2)
             os.environ["PYTHONPATH"] = str(folder)
-            sys.path[:0] = [str(folder), str(folder / "tests")]
+            sys.path[:0] = [str(folder), str(folder / "tests/support")]
             answer.write_text(json.dumps(work()))
             code = 0
         except BaseException:
@@ -363,8 +363,8 @@ def map_tests(out: Path, seconds: float) -> None:
     with copied() as folder:
         for name in files(folder, ["attrbox"]):
             instrument(folder / name, name)
-        for file in sorted(folder.glob("tests/*_*.py")):
-            name = f"tests/{file.name}"
+        for file in sorted(folder.rglob("tests/*/*_*.py")):
+            name = file.relative_to(folder).as_posix()
             if name in done:
                 continue
 

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from command_line import TINY, run
 from exports import Pairs, export, pictures
 from PIL import Image
-from test_cli import TINY, run
 from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 from torchvision.datasets import ImageFolder

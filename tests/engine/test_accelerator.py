@@ -17,6 +17,11 @@ def test_everything_runs_on_a_device_with_the_values_of_the_cpu():
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
     one_thread = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     run = subprocess.run(
-        command, cwd=Path(__file__).parent, env=environment | one_thread, capture_output=True, text=True, check=False
+        command,
+        cwd=Path(__file__).parents[1] / "support",
+        env=environment | one_thread,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert run.returncode == 0, run.stdout[-10_000:] + run.stderr[-2_000:]

@@ -14,7 +14,7 @@ from torch import nn
 import attrbox
 from attrbox.data.models import LoadedModel, Preprocess
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from command_line import TINY, run
 from PIL import Image
-from test_cli import TINY, run
 
 import attrbox
 from attrbox.core.progress import progress_bar

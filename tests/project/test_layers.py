@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1] / "attrbox"
+ROOT = Path(__file__).parents[2] / "attrbox"
 
 # From the bottom to the top: a module imports from its own folder and from folders above its own in this list.
 LAYERS = ["errors", "core", "engine", "rules", "visualization", "data", "methods", "metrics", "pipeline", "__main__"]

@@ -9,7 +9,7 @@ import torch
 
 import attrbox
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_code_runs(tmp_path, monkeypatch):

@@ -6,8 +6,8 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from lrp_formulas import by_alpha_beta, by_gamma, matrix, relevance_of
 from nets import images, seeded
-from test_lrp import by_alpha_beta, by_gamma, matrix, relevance_of
 from torch import Tensor, nn
 
 from attrbox.core.model_state import untouched

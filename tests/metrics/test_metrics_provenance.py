@@ -8,11 +8,11 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from command_line import TINY, run
 from exports import export
+from linear_models import W, linear_model, measure
 from nets import images, relu_net, squeeze_excitation_net
 from PIL import Image
-from test_cli import TINY, run
-from test_metrics_sanity import W, linear_model, measure
 from torch import nn
 
 import attrbox

@@ -3,12 +3,12 @@
 from pathlib import Path
 
 import pytest
-from test_cli import TINY
+from command_line import TINY
 
 from attrbox.errors import FileError, OptionError
 from attrbox.pipeline.config import Config, described, load, parse
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.toml"))
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))
 
 TEXT = f"""
 methods = ["saliency", {{name = "IG", steps = 4}}]

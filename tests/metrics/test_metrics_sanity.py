@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from linear_models import W, linear_model, measure
 from nets import images, overlapping_pool_net, relu_net, residual_net, seeded, squeeze_excitation_net
 from scipy import stats
 from snapshots import nothing_changes
@@ -17,21 +18,6 @@ from attrbox.metrics.robustness.sanity import execution_order, randomize, random
 from attrbox.metrics.robustness.similarity import pearson, spearman, ssim
 
 X = images(3, 3, 8, 8)
-
-
-def measure(model, x, maps, *metrics, **options):
-    return attrbox.evaluate(model, x, maps, metrics, **({"progress": False} | options))
-
-
-def linear_model(weights: Tensor) -> nn.Module:
-    """f = w x, as the only class, of images [1, H, W]."""
-    linear = nn.Linear(weights.numel(), 1, bias=False, dtype=torch.float64)
-    with torch.no_grad():
-        linear.weight.copy_(weights.view(1, -1))
-    return nn.Sequential(nn.Flatten(), linear).eval()
-
-
-W = images(1, 5, 5, seed=9)
 
 
 # ---------------------------------------------------------------------------------------------------------- similarity

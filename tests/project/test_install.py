@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("setuptools")
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 BUILD = "import sys, setuptools.build_meta as backend; backend.build_editable(sys.argv[1])"
 # As an interpreter does at its start with the folder of installed packages; "" comes before it on the path.
 LOOK = "import site, sys; site.addsitedir(sys.argv[1]); import attrbox; print(attrbox.__file__)"

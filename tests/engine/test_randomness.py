@@ -5,8 +5,8 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from contracts import METHODS, explain
 from nets import images, relu_net, seeded
-from test_contracts import METHODS, explain
 from torch import nn
 
 import attrbox

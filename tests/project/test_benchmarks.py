@@ -12,7 +12,7 @@ from torch import nn
 
 import attrbox
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def script(name: str) -> types.ModuleType:

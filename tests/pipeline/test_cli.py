@@ -8,19 +8,17 @@ from pathlib import Path
 import h5py
 import pytest
 import torch
+from command_line import TINY, run
 from PIL import Image
 from torch import nn
-from typer.testing import CliRunner, Result
 
 import attrbox
 from attrbox.data.images import distinct_names, find_images
 from attrbox.data.models import LoadedModel, Preprocess
 from attrbox.errors import OptionError, UnknownNameError
 from attrbox.pipeline.arguments import parse_device, parse_methods, parse_target
-from attrbox.pipeline.cli import DEFAULT_METHODS, DEMO_METHODS, app
+from attrbox.pipeline.cli import DEFAULT_METHODS, DEMO_METHODS
 from attrbox.pipeline.commands.options import say_json
-
-TINY = f"{__name__}:tiny"
 
 
 def tiny() -> LoadedModel:
@@ -43,10 +41,6 @@ def raising() -> nn.Module:
             raise ValueError("two\nlines")
 
     return Raising()
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from lrp_formulas import STABILISER, by_alpha_beta, by_gamma, matrix, neg, pos, relevance_of, shared
 from nets import SMALL, TRANSFORMERS, calibrate, images, relu_net, residual_net, seeded
 from torch import Tensor, nn
 
@@ -27,9 +28,6 @@ from attrbox.rules.lrp.layers import (
     ZPlus,
     nonzero,
 )
-
-STABILISER = 0.03  # large, so that a wrong one shows
-
 
 # ------------------------------------------------------------------------------------------------ layers and oracles
 
@@ -78,52 +76,12 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 
 
-def matrix(layer: nn.Module, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """(M [outputs, inputs], b [outputs]) with y = M x + b, by automatic differentiation."""
-    zero = torch.zeros(1, *shape, dtype=torch.float64)
-    jacobian = torch.autograd.functional.jacobian(lambda x: layer(x).flatten(), zero)
-    return jacobian.reshape(jacobian.shape[0], -1), layer(zero).detach().flatten()
-
-
-def stab(z: Tensor, epsilon: float) -> Tensor:
-    return torch.tensor([v + (epsilon if v >= 0 else -epsilon) for v in z.tolist()], dtype=z.dtype)
-
-
-def pos(t: Tensor) -> Tensor:
-    return torch.where(t > 0, t, torch.zeros_like(t))
-
-
-def neg(t: Tensor) -> Tensor:
-    return t - pos(t)
-
-
-def shared(products: Tensor, bias: Tensor, relevance: Tensor, epsilon: float) -> Tensor:
-    """Each output's relevance by the products [outputs, inputs] that make it; the bias keeps its share."""
-    return (products * (relevance / stab(products.sum(1) + bias, epsilon))[:, None]).sum(0)
-
-
 def by_epsilon(m, b, x, r):
     return shared(m * x, b, r, 0.2)
 
 
-def by_alpha_beta(alpha, beta):
-    def oracle(m, b, x, r):
-        products = m * x
-        up = shared(pos(products), pos(b), r, STABILISER)
-        return alpha * up - beta * shared(neg(products), neg(b), r, STABILISER) if beta else alpha * up
-
-    return oracle
-
-
 def by_excitation(m, b, x, r):
     return shared(pos(m * x), 0 * b, r, STABILISER)
-
-
-def by_gamma(m, b, x, r):
-    products, y = m * x, m @ x + b
-    up, down = products + 0.4 * pos(products), products + 0.4 * neg(products)
-    risen = shared(up, b + 0.4 * pos(b), torch.where(y > 0, r, 0 * r), STABILISER)
-    return risen + shared(down, b + 0.4 * neg(b), torch.where(y < 0, r, 0 * r), STABILISER)
 
 
 def by_z_box(m, b, x, r):
@@ -149,17 +107,6 @@ RULES: dict[str, tuple[LayerRule, Callable[..., Tensor]]] = {
     "z-box": (ZBox(-3.0, 2.5), by_z_box),
     "w-square": (WSquare(), by_w_square(lambda m: m**2)),
 }
-
-
-def relevance_of(rule: LayerRule, layer: nn.Module, x: Tensor, relevance: Tensor, before=None) -> Tensor:
-    """x * G_x for the relevance y * G_y."""
-    composite = Composite((("any", rule),), STABILISER)
-    model = nn.Sequential(before, layer) if before else layer
-    tape = record(model.requires_grad_(False).eval(), x, [composite])
-    output = tape.output
-    seed = (relevance.view(output.shape) / output).detach()
-    (gradient,) = tape.replay((output * seed).flatten(1).sum(1), [tape.images], composite)
-    return composite.relevance(gradient, x)
 
 
 @pytest.mark.parametrize("name", LAYERS)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import TINY, run
 from exports import Pairs, assert_same, content, export, pictures
 from PIL import Image
-from test_cli import TINY, run
 
 import attrbox
 from attrbox.errors import FileError, InputError, OptionError
@@ -53,7 +53,9 @@ def launch(*arguments, cwd):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "attrbox"]
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(Path(attrbox.__file__).parents[1]), str(Path(__file__).parent)]),
+        "PYTHONPATH": os.pathsep.join(
+            [str(Path(attrbox.__file__).parents[1]), str(Path(__file__).parents[1] / "support")]
+        ),
     }
     return subprocess.run(
         [*command, *map(str, arguments)], cwd=cwd, env=environment, capture_output=True, text=True, check=False

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from contracts import LEARNED, METHODS, OPTIMISED, explain
 from nets import images, seeded
-from test_contracts import LEARNED, METHODS, OPTIMISED, explain
 from torch import Tensor, nn
 
 import attrbox
