@@ -8,6 +8,7 @@ from nets import images
 from torch import Tensor, nn
 
 import attrbox
+from attrbox.engine.feature_maps import Follower, Grid
 
 X = images(2, 3, 16, 16)
 CAM = ["grad_cam", "grad_cam_plus_plus", "layer_cam", "guided_grad_cam"]
@@ -159,3 +160,12 @@ def test_under_checkpointing(reentrant: bool) -> None:
     else:
         got = attrbox.explain(Checkpointed().eval(), X, "grad_cam", target=1, progress=False).values
         torch.testing.assert_close(got, wanted)
+
+
+def test_an_activation_of_more_axes_is_no_row_of_tokens() -> None:
+    follower = Follower((2, 3, 16, 16))
+    follower.see("conv2d", torch.zeros(2, 8, 3, 3, requires_grad=True) * 1)
+    assert follower.grid_of(torch.zeros(2, 10, 5)) == Grid((3, 3), 1, last=True)
+    assert follower.grid_of(torch.zeros(2, 5, 10)) == Grid((3, 3), 1)
+    assert follower.grid_of(torch.zeros(2, 9, 2, 7)) is None  # 9 heads, say
+    assert follower.grid_of(torch.zeros(4, 10, 5)) is None

@@ -529,3 +529,16 @@ def test_fills():
         box = Recorder(total)
         explain(box, x, "occlusion", target=0, window=8, stride=8, fill=fill, blur=1.5)
         torch.testing.assert_close(box.seen[-1][-1, :, 1:], fill_of(fill, 1.5)[-1, :, 1:])
+
+
+@pytest.mark.parametrize("count", [40, 300])
+def test_the_default_number_of_samples_of_kernel_shap(count):
+    """Two for each superpixel and 2048 more, as the authors' code has it."""
+    x = images(1, 1, 20, 20)
+    segments = (torch.arange(400) * count // 400).view(20, 20)
+    box = lambda batch: batch.flatten(1)[:, ::7].cumsum(1).tanh().sum(1, keepdim=True)  # noqa: E731
+    both = ({}, {"samples": 2 * count + 2048})
+    default, told = (
+        attrbox.explain(box, x, "kernel_shap", segments=segments, progress=False, **options) for options in both
+    )
+    assert torch.equal(default.values, told.values)

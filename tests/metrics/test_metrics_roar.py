@@ -280,3 +280,16 @@ def test_accuracy_leaves_the_model_alone():
     with nothing_changes(model, x):
         assert accuracy(model, x, predictions, batch_size=2) == 1
         assert accuracy(model, x, (predictions + torch.tensor([1, 0, 0, 0, 0])) % 4) == pytest.approx(0.8)
+
+
+@pytest.mark.parametrize(("progress", "disable"), [(True, None), (False, True)])
+def test_progress_is_shown_if_asked_for(monkeypatch, progress, disable):
+    shown = []
+
+    def bar(cells, **options):
+        shown.append(options["disable"])
+        return cells
+
+    monkeypatch.setattr("attrbox.metrics.faithfulness.roar.tqdm", bar)
+    attrbox.roar(linear, TRAIN, TEST, MAPS, fractions=(0.5,), seeds=(0,), trainer=QUICK, fill="zero", progress=progress)
+    assert shown == [disable]

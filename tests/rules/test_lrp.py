@@ -612,3 +612,9 @@ def test_nonzero_keeps_all_but_zeros():
     x = torch.tensor([0.0, -1.0, 2.0])
     assert nonzero(x)[1:].tolist() == [-1.0, 2.0]
     assert 0 < nonzero(x)[0] < 1e-15
+
+
+def test_places_of_a_composite_may_be_a_mapping():
+    first, other = {"first": ZPlus(), "any": Epsilon()}, (("first", ZPlus()), ("any", Epsilon()))
+    assert Composite(first) == Composite(other)
+    assert Composite(first).places == other

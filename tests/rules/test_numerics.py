@@ -141,3 +141,21 @@ def test_nothing_is_attributed_where_nothing_changed(name: str, monkeypatch: pyt
     values, wanted = mapped(Net(name), x, torch.zeros_like(x[:1]))
     torch.testing.assert_close(values.sum(1), wanted)
     assert (values[x < 0] == 0).all()
+
+
+@pytest.mark.parametrize("function", [torch.sqrt, torch.log, lambda x: x.pow(1.7)])
+@pytest.mark.parametrize("level", [1e3, 1e6, 1e8])
+def test_slopes_of_powers_and_logarithms_between_close_values_at_large_levels(function, level):
+    """Close is measured on the scale of x: a quotient of differences would lose the digits that both have in common."""
+
+    class Powers(nn.Module):
+        def forward(self, x):
+            return function(x).sum(1, keepdim=True)
+
+    x = level * (2 + images(2, 6).abs())
+    x0 = x * (1 + 1e-4 * images(2, 6, seed=1).abs())
+    exact = attrbox.explain(
+        Powers().eval(), x.float().double(), "deeplift", baseline=x0.float().double(), progress=False
+    ).values
+    rough = attrbox.explain(Powers().eval(), x.float(), "deeplift", baseline=x0.float(), progress=False).values
+    torch.testing.assert_close(rough.double(), exact, rtol=1e-5, atol=0)

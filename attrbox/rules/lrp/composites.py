@@ -53,7 +53,7 @@ class Composite(Rule):
         )
         if not fits:
             raise OptionError(
-                f"Expected a tuple of pairs (where, rule of attrbox.rules.lrp_layers), got {shown(self.places)}."
+                f"Expected a tuple of pairs (where, rule of attrbox.rules.lrp.layers), got {shown(self.places)}."
             )
         if not (isinstance(self.stabiliser, float) and self.stabiliser > 0):
             raise OptionError(f"Expected a stabiliser > 0, got {shown(self.stabiliser)}.")
