@@ -137,7 +137,8 @@ class Tape:
         while True:
             recorder = Recorder(self.model, self._needs, (), copies, reference=True)
             with torch.enable_grad():  # as for the images: what requires a gradient is an activation
-                output = forward(self.model, reference.detach().clone().requires_grad_(), recorder.watching())
+                # A copy, as for the images: the model may write into it, which autograd forbids with a leaf.
+                output = forward(self.model, reference.detach().requires_grad_().clone(), recorder.watching())
             if not (stale := recorder.stale()):
                 return recorder, output
             copies |= stale

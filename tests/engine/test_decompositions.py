@@ -58,6 +58,7 @@ def sdpa(**options):
 
 
 MASK = torch.tensor([[1, 0, 1, 1], [1, 1, 0, 0], [0, 1, 1, 0], [1, 1, 1, 1]]).bool()
+KEPT = torch.tensor([1.0, 1.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0], dtype=torch.float64)
 # name -> (function, modules that it calls, kinds of its sites)
 CASES = {
     "attention": (
@@ -108,6 +109,12 @@ CASES = {
     "var": (lambda z: z.var(1), list, "power"),
     "var, all axes but the batch": (lambda z: torch.var(z, (1, 2), correction=0, keepdim=True), list, "power"),
     "std": (lambda z: z.std(2, unbiased=False), list, "power"),
+    # Windows of zeros, and lines of one value: the slope of the root is infinite there, and torch's gradient is 0.
+    "lp pool at 0": (lambda z: F.lp_pool1d(z * KEPT, 2, 2), list, "power"),
+    "lp pool at 0, third power": (lambda z: F.lp_pool1d(z.relu() * KEPT, 3.0, 2), list, "power relu"),
+    "lp pool, largest": (lambda z: F.lp_pool1d(z.relu(), torch.inf, 2), list, "abs max_pool relu"),
+    "lp pool, smallest": (lambda z: F.lp_pool1d(z, -torch.inf, 2), list, "abs max_pool"),
+    "std at 0": (lambda z: (z * KEPT).unflatten(2, (4, 2)).std(3), list, "power"),
     "prod": (lambda z: z.prod(1), list, "product"),
     "prod, keepdim": (lambda z: torch.prod(z, 2, keepdim=True), list, "product"),
     "cumprod": (lambda z: z.cumprod(2), list, "product"),

@@ -197,6 +197,24 @@ class TestEveryMethod:
         torch.testing.assert_close(explain(model, x, method).values, explain(model, X, method).values)
         assert parameter.grad is None
 
+    def test_a_model_that_writes_into_its_images(self, model, method):
+        class Writes(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.inner = model
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.inner(x.clamp_(-1, 1).mul_(2))
+
+        class Plain(Writes):
+            def forward(self, x: Tensor) -> Tensor:
+                return self.inner(2 * x.clamp(-1, 1))
+
+        x = X.clone()
+        values = explain(Writes().eval(), x, method).values
+        assert torch.equal(x, X)
+        torch.testing.assert_close(values, explain(Plain().eval(), X, method).values)
+
     def test_channels_last_images(self, model, method):
         x = X.contiguous(memory_format=torch.channels_last)
         torch.testing.assert_close(explain(model, x, method).values, explain(model, X, method).values)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attrbox.engine.operations.dependent import DEPENDENT
-from attrbox.engine.operations.elementwise import spellings
+from attrbox.engine.operations.elementwise import root, spellings
 from attrbox.engine.operations.linearity import argument, flat, is_activation
 from attrbox.engine.operations.operation import Function, Parts
 from attrbox.engine.operations.recurrent import gru_cell, lstm_cell, recurrent, rnn_cell
@@ -67,14 +67,18 @@ def _attention(
 
 
 def _power_pool(dims: int) -> Function:
-    """The p-th root of the sum of p-th powers in each window."""
+    """The p-th root of the sum of p-th powers in each window; for infinite p the largest or smallest magnitude."""
     average: Function = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[dims - 1]
+    largest: Function = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[dims - 1]
 
     def pool(input: Tensor, norm_type: float, kernel_size: Any, stride: Any = None, ceil_mode: bool = False) -> Tensor:
+        if math.isinf(norm_type):
+            sign = math.copysign(1, norm_type)
+            extreme: Tensor = sign * largest(sign * input.abs(), kernel_size, stride, 0, 1, ceil_mode)
+            return extreme
         count = kernel_size**dims if isinstance(kernel_size, int) else math.prod(kernel_size)
         means = average(input.pow(norm_type), kernel_size, stride, 0, ceil_mode)
-        root: Tensor = (means * count).pow(1 / norm_type)
-        return root
+        return root(means * count, 1 / norm_type)
 
     return pool
 
@@ -129,7 +133,7 @@ def _variance(
 
 
 def _deviation(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    return torch.var(input, *args, **kwargs).sqrt()
+    return root(torch.var(input, *args, **kwargs), 0.5)
 
 
 def _running_products(input: Tensor, dim: int) -> list[Tensor]:
@@ -176,7 +180,7 @@ def _table() -> dict[Function, Parts]:
     enter("softmax matmul", _attention, F.scaled_dot_product_attention)
     enter("sigmoid product", _glu, *spellings("glu"))
     for dims, pool in enumerate((F.lp_pool1d, F.lp_pool2d, F.lp_pool3d), 1):
-        enter("power", _power_pool(dims), pool)
+        enter("power abs max_pool", _power_pool(dims), pool)
     enter("max_pool", _largest, *spellings("amax"))
     enter("max_pool", _smallest, *spellings("amin"))
     enter("max_pool", _along(1), *spellings("max"), accepts=_has_axis)

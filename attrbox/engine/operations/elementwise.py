@@ -201,6 +201,19 @@ def spellings(*names: str) -> tuple[Function, ...]:
     return tuple(function for function in found if callable(function))
 
 
+def _input(input: Tensor, exponent: float) -> tuple[Tensor]:
+    return (input,)
+
+
+@torch.overrides.wrap_torch_function(_input)
+def root(input: Tensor, exponent: float) -> Tensor:
+    """A power between 0 and 1 whose slope at 0 is 0 instead of infinite.
+
+    So torch defines its deviation and its power pools. To the recorder this is an operation like torch's own.
+    """
+    return (input.sign() * input.abs().relu()).pow(exponent)
+
+
 READERS: dict[Reader, tuple[Function, ...]] = {
     _Relu("relu", 0): spellings("relu"),
     _Clamp("hardtanh"): spellings("clamp", "clip", "clamp_min"),
@@ -225,7 +238,7 @@ READERS: dict[Reader, tuple[Function, ...]] = {
     Unary("exp", floor=0.0): spellings("exp", "exp2"),
     Unary("exp", floor=-1.0): spellings("expm1"),
     Unary("log"): spellings("log", "log2", "log10", "log1p"),
-    Unary("power", floor=0.0): spellings("sqrt", "rsqrt", "square"),
+    Unary("power", floor=0.0): (*spellings("sqrt", "rsqrt", "square"), root),
     Unary("power"): spellings("reciprocal"),
     Unary("erf"): spellings("erf"),
     Unary("sin"): spellings("sin"),
