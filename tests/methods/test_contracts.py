@@ -8,7 +8,7 @@ import torch
 from contracts import CAM, COMPOSITES, DRAWN, LEARNED, METHODS, ONE_CHANNEL, OPTIMISED, explain
 from nets import FAST, SMALL, five_ways, images, relu_net, squeeze_excitation_net
 from snapshots import nothing_changes, snapshot
-from torch import nn
+from torch import Tensor, nn
 
 import attrbox
 from attrbox.errors import AttrboxError, ForwardError, TargetError
