@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check paper clean
+.PHONY: help demo test lint check paper clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -17,11 +17,12 @@ demo: $(VENV)/demo.stamp  ## a dozen methods side by side on real photographs, i
 test: $(VENV)/test.stamp  ## run the tests
 	$(BIN)/python -m pytest -n $(WORKERS)
 
-check: $(VENV)/test.stamp  ## format, lint, types and tests
+lint: $(VENV)/test.stamp  ## format, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n $(WORKERS)
+
+check: lint test  ## format, lint, types and tests
 
 paper: $(VENV)/demo.stamp  ## the paper's experiments, in results/paper: make paper PAPER='--mnist FILE --only fig5'
 	$(BIN)/python benchmarks/paper --out results/paper $(PAPER)

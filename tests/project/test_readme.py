@@ -9,7 +9,8 @@ import torch
 
 import attrbox
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_code_runs(tmp_path, monkeypatch):
@@ -71,3 +72,22 @@ def test_what_editors_see_is_what_is_there():
     seen = {alias.name: node.module for node in block.body for alias in node.names}
     assert seen == attrbox._HOME
     assert all(alias.name == alias.asname for node in block.body for alias in node.names)
+
+
+PAGES = ["README.md", *(str(page.relative_to(ROOT)) for page in sorted((ROOT / "docs").glob("*.md")))]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_that_a_page_names_exist(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for name in re.findall(r"`((?:attrbox|tests|benchmarks|docs|configs)/[\w./]+)`", text):
+        assert (ROOT / name).exists(), name
+    for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
+        assert ((ROOT / page).parent / link).exists(), link
+
+
+def test_files_that_the_architecture_names_exist():
+    text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    named = re.findall(r"`((?:core|engine|rules|methods|metrics|data|pipeline|visualization)/[\w/]+\.py)`", text)
+    assert len(named) > 20
+    assert [name for name in named if not (ROOT / "attrbox" / name).exists()] == []
