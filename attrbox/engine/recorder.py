@@ -143,7 +143,7 @@ class Recorder(TorchFunctionMode):
     def _count_layer(self, name: str, args: Any, kwargs: Any, output: Tensor) -> None:
         """Note a layer: a convolution, or a linear layer, whose output has positions if its channels are not all."""
         if name in CONVOLUTIONS or name in _LINEAR_LAYERS:
-            self.layer_nodes.append((output.grad_fn, name in CONVOLUTIONS or output.dim() > 2))
+            self.layer_nodes.append((_node(output), name in CONVOLUTIONS or output.dim() > 2))
             self._last_counted = output
         elif name == "batch_norm" and self._last_counted is argument(args, kwargs, 0, "input", None):
             self.layer_nodes[-1] = (output.grad_fn, self.layer_nodes[-1][1])  # it may go around the layer's own node
@@ -192,7 +192,7 @@ class Recorder(TorchFunctionMode):
         copies = tuple(i.clone() for i in inputs) if operation.in_place and "input" in needs else ()
         result = SiteFunction.apply(self.replaying, site, operation, needs, *inputs, *copies)
         output = result[0] if isinstance(result, tuple) else result
-        self.site_nodes[site.index] = output.grad_fn
+        self.site_nodes[site.index] = _node(output) if operation.in_place else output.grad_fn
         if copying:
             output = operation.inputs[0].copy_(output) if operation.in_place else output.clone()
             return (output, *result[1:]) if isinstance(result, tuple) else output
@@ -363,6 +363,12 @@ class Recorder(TorchFunctionMode):
     def running(self) -> str:
         """The module that is running, or that raised."""
         return self._modules[-1][0]
+
+
+def _node(output: Tensor) -> Any:
+    """The node of the graph that made an activation; of a view, that of what it views, which stays when it is written
+    over."""
+    return output._base.grad_fn if output._is_view() and output._base is not None else output.grad_fn
 
 
 def _first(result: Any) -> Any:

@@ -18,6 +18,7 @@ from attrbox.data.labels import ClassNames, imagenet_categories, imagenet_synset
 from attrbox.data.models import LoadedModel, Preprocess
 from attrbox.errors import FileError, InputError, ModelError, TargetError, UnknownNameError
 from attrbox.pipeline.report.page import write_report
+from attrbox.pipeline.shards import Shard
 
 IMAGENET = ClassNames(imagenet_categories(), 1000)
 PREPROCESS = Preprocess(16, 16, (0.0,) * 3, (1.0,) * 3)
@@ -437,7 +438,7 @@ def test_shards_have_the_labels_of_the_whole(tmp_path, path):
     for name, data in (("folder", root), ("data set", ImageFolder(root, transform=PREPROCESS))):
         whole = path.with_name(f"{name}.h5")
         for index in range(3):
-            options = {"target": "label", "batch_size": 2, "shard": attrbox.shards.Shard(index, 3)}
+            options = {"target": "label", "batch_size": 2, "shard": Shard(index, 3)}
             export(whole, data, ["saliency"], model(), **options)
         with attrbox.open_maps(whole) as maps:
             assert maps.column("target").tolist() == [3, 3, 1, 1, 0, 0]

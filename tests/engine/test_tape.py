@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 import attrbox
 from attrbox.core.model_state import untouched
-from attrbox.engine import recorder
+from attrbox.engine import site_function
 from attrbox.engine.site import ACTIVATIONS, KINDS, Rule
 from attrbox.engine.tape import record
 from attrbox.errors import ForwardError, ModelError, OptionError, RuleError, UnsupportedModelError
@@ -485,7 +485,7 @@ def test_large_activations_are_taken_by_rows_with_the_same_result(monkeypatch, m
     x = images(5, *shape)
     options = {} if method == "lrp_epsilon" else {"baseline": 0.1 if shared else images(5, *shape, seed=1)}
     whole = attrbox.explain(model, x, method, **options).values
-    monkeypatch.setattr(recorder, "_BYTES_AT_ONCE", 1)
+    monkeypatch.setattr(site_function, "_BYTES_AT_ONCE", 1)
     torch.testing.assert_close(attrbox.explain(model, x, method, **options).values, whole, rtol=1e-12, atol=1e-13)
     channels_last = x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
     torch.testing.assert_close(attrbox.explain(model, channels_last, method, **options).values, whole)
@@ -502,14 +502,14 @@ def test_rows_are_a_matter_of_size_and_of_the_rule(monkeypatch):
         return set(asked)
 
     assert rows(Watched()) == {4}
-    monkeypatch.setattr(recorder, "_BYTES_AT_ONCE", 1)
+    monkeypatch.setattr(site_function, "_BYTES_AT_ONCE", 1)
     assert rows(Watched()) == {1}
     monkeypatch.setattr(Watched, "by_rows", False)
     assert rows(Watched()) == {4}
 
 
 def test_a_broken_rule_is_told_also_by_rows(monkeypatch):
-    monkeypatch.setattr(recorder, "_BYTES_AT_ONCE", 1)
+    monkeypatch.setattr(site_function, "_BYTES_AT_ONCE", 1)
     monkeypatch.setattr(Watched, "propagate", lambda self, site, grad: grad[..., :1])
     with untouched(model := relu_net()):
         tape = record(model, images(4, 3, 8, 8), [Watched()])

@@ -55,7 +55,7 @@ class TestEveryMethod:
                 self.n += passes
                 self.moves += passes > 0
 
-        monkeypatch.setattr(sys.modules["attrbox.methods.comparison"], "tqdm", Bar)
+        monkeypatch.setattr(sys.modules["attrbox.methods.planner"], "tqdm", Bar)
         explain(model, X, method, batch_size=2)
         (bar,) = bars
         assert bar.n == bar.total

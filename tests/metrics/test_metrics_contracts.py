@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import h5py
 import pytest
 import torch
+from metric_contracts import MASKS, METRICS, QUICK
 from nets import images, relu_net, squeeze_excitation_net
 from snapshots import nothing_changes
 from torch import nn
@@ -24,24 +25,7 @@ from attrbox.errors import (
 )
 from attrbox.metrics.base import Metric, metric_registry as registry
 
-METRICS = attrbox.list_metrics()
-QUICK = {
-    "label_randomization": {"other": relu_net(seed=5)},
-    "cascading_randomization": {"steps": 2},
-    "independent_randomization": {"steps": 2},
-    "sensitivity_max": {"draws": 2},
-    "completeness": {"baseline": 0.0},
-    "infidelity": {"draws": 6},
-    "sensitivity_n": {"subsets": 5, "shares": (0.3, 0.6)},
-    "insertion": {"steps": 4},
-    "deletion": {"steps": 4},
-    "road": {"fractions": (0.3, 0.6), "score": "prob"},
-    "road_lerf": {"fractions": (0.3, 0.6), "score": "prob"},
-    "morf": {"fraction": 0.3, "steps": 3, "fill": "noise", "relative": False},
-    "lerf": {"fraction": 0.3, "steps": 3, "relative": False},
-}
 X = images(4, 3, 8, 8)
-MASKS = images(4, 8, 8, seed=4) > 0.3
 
 
 @pytest.fixture

@@ -8,31 +8,16 @@ from pathlib import Path
 import h5py
 import pytest
 import torch
-from command_line import TINY, run
+from command_line import TINY, run, tiny
 from PIL import Image
 from torch import nn
 
 import attrbox
 from attrbox.data.images import distinct_names, find_images
-from attrbox.data.models import LoadedModel, Preprocess
 from attrbox.errors import OptionError, UnknownNameError
 from attrbox.pipeline.arguments import parse_device, parse_methods, parse_target
 from attrbox.pipeline.cli import DEFAULT_METHODS, DEMO_METHODS
 from attrbox.pipeline.commands.options import say_json
-
-
-def tiny() -> LoadedModel:
-    """Three classes of coloured pictures; the scores depend on the mean red, green and blue."""
-    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3))
-    with torch.no_grad():
-        model[0].weight.zero_()
-        model[0].bias.zero_()
-        for channel in range(3):
-            model[0].weight[channel, channel, 1, 1] = 1
-        model[4].weight.copy_(4 * torch.eye(3, 6))
-        model[4].bias.zero_()
-    mean, std = (0.0,) * 3, (1.0,) * 3
-    return LoadedModel(model, "tiny", Preprocess(16, 16, mean, std), mean, std, ("red", "green", "blue"))
 
 
 def raising() -> nn.Module:

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 from accelerator import DEVICE, Accelerator, Remote, counted
+from metric_contracts import MASKS, METRICS, QUICK
 from nets import FAST, TRANSFORMERS, images, relu_net, residual_net, seeded
-from test_metrics_contracts import MASKS, METRICS, QUICK
 from torch import Tensor, nn
 
 import attrbox
