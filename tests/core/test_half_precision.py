@@ -11,6 +11,7 @@ from snapshots import nothing_changes
 from torch import Tensor, nn
 
 import attrbox
+from attrbox.core.half_precision import _writes
 from attrbox.core.hashing import known_weights_hash
 from attrbox.core.model_state import untouched
 from attrbox.core.targets import Target
@@ -349,3 +350,21 @@ def test_a_freed_tensor_is_another_one() -> None:
         torch.frombuffer(model.weight.numpy(), dtype=torch.float32)[:] = value  # unseen by version counters
         hashes.add(known_weights_hash(model))
     assert len(hashes | {marked}) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "writes"),
+    [
+        ("add_", True),
+        ("copy_", True),
+        ("__setitem__", True),
+        ("__iadd__", True),
+        ("__imul__", True),
+        ("add", False),
+        ("__add__", False),
+        ("__getitem__", False),
+        ("relu", False),
+    ],
+)
+def test_what_writes_into_its_first_argument_keeps_it(name: str, writes: bool) -> None:
+    assert _writes(name) == writes

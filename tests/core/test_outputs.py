@@ -10,6 +10,7 @@ from nets import images, seeded
 from torch import Tensor, nn
 
 import attrbox
+from attrbox.core.outputs import unwrap
 from attrbox.errors import ModelError, TargetError
 
 X = images(3, 3, 8, 8)
@@ -198,3 +199,11 @@ def test_a_model_that_mixes_up_its_batch_axis():
 
     with pytest.raises(ModelError, match=r"one row of outputs per image, 1 in all, got \[3, 1\]"):
         explain(Transposed().eval(), X[:1], "saliency")
+
+
+def test_refusals_tell_what_came():
+    with pytest.raises(ModelError, match=r"got a tensor of torch.int64, \[3, 3\]"):
+        unwrap(torch.zeros(3, 3, dtype=torch.int64))
+    model = two(PACKS["tuple"][0])
+    with pytest.raises(TargetError, match="score of image 1 of a batch of 3 depends on"):
+        explain(model, X, "saliency", target=lambda out: out[1][[0, 0, 2]])

@@ -222,9 +222,10 @@ def test_half_precision_rounds(path, values):
     assert np.abs(stored - values.numpy()).max() <= values.abs().max() * 2**-11
 
 
+@pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("scale", [1e-6, 1e5])
-def test_half_precision_refuses_what_it_would_lose(path, values, scale):
-    values[1] *= scale  # one sample is enough
+def test_half_precision_refuses_what_it_would_lose(path, values, scale, sign):
+    values[1] = sign * scale * values[1].abs()  # one sample is enough
     with pytest.raises(InputError, match=r"'one' do not fit float16.*float32"):
         write_maps(path, {"one": maps(values)}, dtype="float16")
     assert not path.exists()

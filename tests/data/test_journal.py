@@ -233,3 +233,12 @@ def test_a_torn_journal_is_no_commit(path):
     journal_of(path).write_bytes(text)
     recover(path)
     assert path.read_bytes() == b"abcde"
+
+
+def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch):
+    def none(file, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(module.fcntl, "flock", none)
+    with pytest.raises(FileError, match=r"No locks available.*a file system with locks"), Journal(tmp_path / "maps.h5"):
+        pass

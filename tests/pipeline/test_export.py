@@ -593,3 +593,16 @@ def test_the_second_exporter_is_refused(path, processes):
     process.kill()
     process.join()
     export(path, Pairs(pictures(60)))
+
+
+def test_targets_of_another_number_leave_no_file(path):
+    with pytest.raises(TargetError, match="10 in all, got 9"):
+        export(path, target=[1] * 9, methods=["saliency"])
+    assert not os.path.exists(path)
+
+
+def test_what_is_in_two_files_is_named(tmp_path):
+    for name, ids in (("one", "abc"), ("other", "dbe")):
+        export(tmp_path / f"{name}.h5", pictures(3), methods=["saliency"], ids=list(ids))
+    with pytest.raises(InputError, match="'b' is in more than one of them"):
+        attrbox.merge([tmp_path / "one.h5", tmp_path / "other.h5"], tmp_path / "both.h5")
