@@ -69,6 +69,7 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "log1p": torch.log1p,
     "sqrt": torch.sqrt,
     "rsqrt": torch.rsqrt,
+    "root": lambda x: elementwise.root(x, 1 / 3),
     "square": torch.square,
     "reciprocal": torch.reciprocal,
     "1 / x": lambda x: 1 / x,
