@@ -1,4 +1,4 @@
-"""Random networks keep every promise: 200 here, thousands by benchmarks/random_networks.py."""
+"""Random networks keep every promise: 200 here, thousands by benchmarks/nightly_networks.py."""
 
 import pytest
 import torch
