@@ -221,3 +221,25 @@ def test_random_nets_keep_outputs_and_gradients(names, seed):
     tape = record(model, x, ALL)
     assert torch.equal(tape.output, output)
     assert torch.equal(tape.replay(tape.output[:, 0], [tape.images])[0], gradient)
+
+
+@pytest.mark.parametrize("method", ["deeplift", "lrp_epsilon", "guided_backprop", "excitation_backprop"])
+def test_a_pool_takes_the_batch_for_channels(method):
+    """Of [n, h, w] torch pools each image as a channel of one."""
+
+    class Pooled(nn.Module):
+        def __init__(self, alone: bool) -> None:
+            super().__init__()
+            self.alone, self.head = alone, nn.Linear(2, 2)
+
+        def forward(self, x):
+            x = (2 * x).relu()
+            x = F.max_pool2d(x, 2) if self.alone else F.max_pool2d(x[:, None], 2)[:, 0]
+            return self.head(x.mean(1))
+
+    x = images(3, 6, 5)
+    found, wanted = (
+        attrbox.explain(seeded(lambda a=a: Pooled(a)), x, method, target=1, progress=False) for a in (True, False)
+    )
+    torch.testing.assert_close(found.values, wanted.values)
+    assert not found.coverage.unknown

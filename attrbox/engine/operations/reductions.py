@@ -54,7 +54,7 @@ class _MaxPool:
 
     def __call__(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operation | None:
         input, rest, kwargs = split(args, kwargs)
-        if not is_activation(input) or input.dim() != self.dims + 2:
+        if not is_activation(input) or input.dim() not in (self.dims + 1, self.dims + 2):  # without a batch axis, too
             return None
         plain = {key: value for key, value in kwargs.items() if key != "return_indices"}
         positional = rest[: self.returns]
