@@ -111,3 +111,11 @@ def test_side_inputs_of_the_size_of_the_batch(method: str) -> None:
     for i in range(len(X)):
         alone = maps(built(Side, SIDE[i : i + 1]), X[i : i + 1], method, [i])
         torch.testing.assert_close(whole[i : i + 1], alone)
+
+
+@pytest.mark.parametrize("method", ["saliency", "deeplift", "integrated_gradients"])
+def test_side_inputs_of_more_images_than_are_run_unseen(method: str) -> None:
+    """Of more than eight images one is run alone to see what it costs, which such a model does not allow."""
+    x, side = images(12, 3, 12, 12), images(12, 8, seed=3)
+    whole = maps(built(Side, side), x, method, [1] * 12)
+    torch.testing.assert_close(whole[4:5], maps(built(Side, side[4:5]), x[4:5], method, [1]))

@@ -606,3 +606,12 @@ def test_what_is_in_two_files_is_named(tmp_path):
         export(tmp_path / f"{name}.h5", pictures(3), methods=["saliency"], ids=list(ids))
     with pytest.raises(InputError, match="'b' is in more than one of them"):
         attrbox.merge([tmp_path / "one.h5", tmp_path / "other.h5"], tmp_path / "both.h5")
+
+
+def test_without_photographs(path, tmp_path):
+    export(tmp_path / "with.h5", methods=["saliency"])
+    export(path, methods=["saliency"], photographs=False)
+    found, other = content(path), content(tmp_path / "with.h5")
+    assert found.keys() == other.keys() - {"samples/photograph"}
+    assert attrbox.verify(path) == []
+    assert export(path, methods=["saliency", "deeplift"], photographs=False).maps == 10

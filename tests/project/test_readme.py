@@ -74,7 +74,11 @@ def test_what_editors_see_is_what_is_there():
     assert all(alias.name == alias.asname for node in block.body for alias in node.names)
 
 
-PAGES = ["README.md", *(str(page.relative_to(ROOT)) for page in sorted((ROOT / "docs").glob("*.md")))]
+PAGES = [
+    "README.md",
+    "benchmarks/README.md",
+    *(str(page.relative_to(ROOT)) for page in sorted((ROOT / "docs").glob("*.md"))),
+]
 
 
 @pytest.mark.parametrize("page", PAGES)
