@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from attrbox.core.memory import is_out_of_memory
 from attrbox.engine.folding import Unfolded
 from attrbox.engine.refusals import written_over
+from attrbox.engine.single import plain_gradients
 from attrbox.errors import (
     ForwardError,
     ModelError,
@@ -20,7 +21,7 @@ from attrbox.errors import (
 def forward(model: nn.Module, images: Tensor, watching: AbstractContextManager[None] | None = None) -> Any:
     """Call the model; whatever it raises becomes a `ForwardError` (out of memory stays what it is)."""
     try:
-        with watching or contextlib.nullcontext():
+        with plain_gradients(model), watching or contextlib.nullcontext():
             return model(images)
     except (ModelError, OptionError, Unfolded):
         raise

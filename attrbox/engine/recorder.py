@@ -33,9 +33,10 @@ from attrbox.engine.operations.decompositions import parts_of
 from attrbox.engine.operations.layers import Pairs, layer_of, with_batch_norm
 from attrbox.engine.operations.linearity import argument, flat, is_activation, is_decision, is_linear, name_of
 from attrbox.engine.operations.operation import Operation, Parts
+from attrbox.engine.operations.products import mark_gate
 from attrbox.engine.operations.table import interpret
 from attrbox.engine.refusals import batch_statistics, checkpointed, drawn_windows
-from attrbox.engine.site import ACTIVATIONS, LAYERS, Site
+from attrbox.engine.site import ACTIVATIONS, GATES, LAYERS, Site
 from attrbox.engine.site_function import Replaying, SiteFunction
 from attrbox.errors import (
     ModelError,
@@ -133,6 +134,8 @@ class Recorder(TorchFunctionMode):
                 self._note(operation or parts, function, args, kwargs, result)
         if is_activation(result) and operation is None:
             self._count_layer(name_of(function), args, kwargs, result)
+        if operation is not None and operation.kind in GATES:
+            mark_gate(result)
         if before is not None and operation is not None:
             self._pairs.pair(before, self.sites[-1], operation.inputs[0], result)
         elif self._treats_layers and is_activation(_first(result)):

@@ -10,6 +10,7 @@ from torch import Tensor
 from attrbox.core.half_precision import HALF, wide
 from attrbox.engine.linear_maps import own
 from attrbox.engine.operations.operation import Operation
+from attrbox.engine.single import plain
 from attrbox.engine.site import Gradients, Rule, Site, asked
 from attrbox.errors import (
     RuleError,
@@ -39,6 +40,7 @@ class Replaying:
             rule = None
         reference = self.reference.inputs[site.index] if self.reference else None
         site = site.with_tensors(inputs, output, reference, type(rule).__name__ if rule else "")
+        grad = plain(grad) if site.kind == "norm" else grad
         if rule is None:
             found = site.true_gradient(grad)
         else:

@@ -6,6 +6,7 @@ The oracle multiplies explicit Jacobians of the linear parts with multipliers wr
 import oracles
 import pytest
 import torch
+import torch.nn.functional as F
 from nets import images
 from rule_cases import CASES, EPSILON, RULES, Case, Sandwich, replayed, sandwich
 from torch import Tensor, nn
@@ -127,8 +128,12 @@ def test_the_oracle_notices_a_rule_of_another_name(rule, name, impostor):
         lambda gate: gate.unsqueeze(2).unsqueeze(3),
         lambda gate: 1 - (1 - gate).view(-1, 2, 1, 1),
         lambda gate: torch.ones_like(gate).sub(torch.rsub(gate, torch.ones_like(gate)))[:, :, None, None],
+        lambda gate: torch.stack(gate.chunk(2, 1), 1)[..., None],
+        lambda gate: torch.cat([gate[:, :1], gate.select(1, 1)[:, None]], 1)[..., None, None],
+        lambda gate: torch.stack(gate.unbind(1), 1).roll(2, 1).flip(0).flip(0)[..., None, None],
+        lambda gate: F.interpolate(gate[..., None, None], scale_factor=3),
     ],
-    ids=["view", "expand", "unsqueeze", "complement", "tensor complement"],
+    ids=["view", "expand", "unsqueeze", "complement", "tensor complement", "chunk", "select", "unbind", "upsample"],
 )
 def test_a_gate_is_known_behind_a_change_of_shape_and_as_a_complement(reach):
     # The usual way to write squeeze-and-excitation with linear layers: all relevance goes to the signal.
@@ -142,3 +147,22 @@ def test_a_gate_is_known_behind_a_change_of_shape_and_as_a_complement(reach):
     signal = x[:, 2:].reshape(-1, 2, 9) * x[:, :2].sigmoid()[:, :, None]
     torch.testing.assert_close(relevance[:, :2], torch.zeros(2, 2, dtype=x.dtype))
     torch.testing.assert_close(relevance[:, 2:], signal.flatten(1))
+
+
+@pytest.mark.parametrize("through", ["the view", "its base"])
+@pytest.mark.parametrize("method", ["lrp_epsilon", "epsilon_plus", "attn_lrp"])
+def test_a_gate_written_into_a_view_is_a_gate(method, through):
+    class Gated(nn.Module):
+        def forward(self, x):
+            gate = x[:, :2] + 0
+            view = gate.T
+            view.sigmoid_()
+            return x[:, 2:] * (view.T if through == "the view" else gate)
+
+    class Plain(nn.Module):
+        def forward(self, x):
+            return x[:, 2:] * x[:, :2].sigmoid()
+
+    x = images(2, 4)
+    wanted = attrbox.explain(Plain().eval(), x, method, target=0, progress=False).values
+    torch.testing.assert_close(attrbox.explain(Gated().eval(), x, method, target=0, progress=False).values, wanted)

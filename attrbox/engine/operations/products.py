@@ -23,27 +23,55 @@ def _product(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 
 def _is_gate(factor: Tensor) -> bool:
-    """Whether a sigmoid made the factor, or its complement 1 - gate; recorded or native, up to changes of its shape."""
-    node = factor.grad_fn
-    while node is not None:
+    """Whether a sigmoid made the factor, or its complement 1 - gate; recorded or native, wherever its values moved."""
+    todo = [factor.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None:
+            return False
         name = type(node).__name__.rstrip("0123456789")
         makers = [following for following, _ in node.next_functions]
-        if name in _RESHAPING or (name == "RsubBackward" and makers[1:] in ([], [None])):
-            node = makers[0]
+        site = getattr(node, "site", None)
+        if _GATE in _notes(node) or (isinstance(site, Site) and site.kind in GATES):
+            continue
+        if name in ("SigmoidBackward", "HardsigmoidBackward"):
+            continue
+        if name in _MOVING or (name == "RsubBackward" and makers[1:] in ([], [None])):
+            todo.append(makers[0])
         elif name == "SubBackward" and makers[0] is None:
-            node = makers[1]
+            todo.append(makers[1])
+        elif name in ("CatBackward", "StackBackward"):
+            todo.extend(makers)
         else:
-            break
-    site = getattr(node, "site", None)
-    if isinstance(site, Site):
-        return site.kind in GATES
-    return type(node).__name__ in ("SigmoidBackward0", "HardsigmoidBackward0")
+            return False
+    return True
 
 
-# Autograd's names of operations that change no value.
-_RESHAPING = frozenset(
+def mark_gate(result: Tensor) -> None:
+    """Note what a sigmoid wrote into a view, whose node in autograd's graph does not tell it."""
+    if not result._is_view() or result.grad_fn is None:
+        return
+    _notes(result.grad_fn)[_GATE] = True
+    base = result._base
+    if base is not None and base.grad_fn is not None and base.numel() == result.numel():
+        _notes(base.grad_fn)[_GATE] = True
+
+
+def _notes(node: Any) -> dict[str, Any]:
+    """What autograd keeps with a node for whoever asks."""
+    notes: dict[str, Any] = node.metadata
+    return notes
+
+
+_GATE = "attrbox: gate"
+# Autograd's names of operations whose values are those of their input.
+_MOVING = frozenset(
     f"{name}Backward"
-    for name in "View UnsafeView ReshapeAlias Expand Unsqueeze Squeeze Permute Transpose T Clone Alias".split()
+    for name in """
+    View UnsafeView ReshapeAlias Expand Unsqueeze Squeeze Permute Transpose T Clone Alias AsStrided Split SplitWithSizes
+    UnsafeSplit Unbind Select Slice Index IndexSelect Gather Repeat Flip Roll PixelShuffle PixelUnshuffle
+    UpsampleNearest1D UpsampleNearest2D UpsampleNearest3D ToCopy
+    """.split()
 )
 
 
