@@ -14,11 +14,11 @@ import warnings
 from pathlib import Path
 
 import torch
-from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import HealthCheck, Phase, given, seed, settings
 from tqdm import tqdm
 
 sys.path.append(str(Path(__file__).parents[1] / "tests/support"))
-from network_promises import BrokenError, Case, cases, check
+from network_promises import BrokenError, Case, cases, check_and_shrink
 
 BLOCK = 100
 
@@ -27,10 +27,16 @@ def failure(number: int, examples: int) -> str | None:
     """What one block of networks breaks, as a program; None if all is well."""
 
     @seed(number)
-    @settings(max_examples=examples, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=examples,
+        deadline=None,
+        database=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
     @given(cases())
     def kept(case: Case) -> None:
-        check(case)
+        check_and_shrink(case)
 
     try:
         kept()

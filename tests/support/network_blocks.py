@@ -132,7 +132,7 @@ def residual(w: Writer, steps: Sequence[Step]) -> None:
 
 
 def same_shape(w: Writer, *names: str) -> None:
-    w.need(len({w.state.scope[name].shape for name in names}) == 1)
+    w.need(len({w.shape_of(name) for name in names}) == 1)
 
 
 @block("concatenated")
@@ -146,14 +146,15 @@ def combined(w: Writer, first: Sequence[Step], second: Sequence[Step], codes: st
     """An expression of two branches {a} and {b} of one shape, and of what they come from, {x}."""
     a, b = both(w, first, second)
     same_shape(w, a, b)
-    w.need(len(w.shape) > 1 or not ("mT" in codes or "cosine" in codes))  # not across the batch, and with an axis left
+    # Matrix products not across the batch, and an axis left.
+    w.need(len(w.shape_of(a)) > 1 or not ("mT" in codes or "cosine" in codes))
     w.run(*(code.replace("{a}", a).replace("{b}", b) for code in codes.split(" | ")), saved=True)
 
 
 COMBINED = {
     "difference": "{a} - {b} | torch.sub({a}, {b}) | {a}.sub({b}) | -({b} - {a})",
     "product": "{a} * {b} | torch.mul({a}, {b}) | {b}.mul({a}) | torch.addcmul(torch.zeros(()).to({a}), {a}, {b})",
-    "gated": "{a} * {b}.sigmoid() | torch.sigmoid({b}) * {a} | F.glu(torch.cat([{a}, {b}], 1), 1)",
+    "gated": "{a} * {b}.sigmoid() | torch.sigmoid({b}) * {a}",
     "mixed": "{b}.sigmoid() * {a} + (1 - {b}.sigmoid()) * {x}",
     "lerp": "torch.lerp({a}, {b}, 0.3) | {a} + 0.3 * ({b} - {a}) | {a} * 0.7 + {b} * 0.3",
     "lerp by gate": "{a} + {b}.sigmoid() * ({x} - {a}) | torch.lerp({a}, {x}, {b}.sigmoid())",
@@ -174,7 +175,7 @@ BLOCKS |= {name: partial(combined, codes=codes) for name, codes in COMBINED.item
 @block("bilinear")
 def bilinear(w: Writer, first: Sequence[Step], second: Sequence[Step]) -> None:
     a, b = both(w, first, second)
-    size, other = (w.state.scope[name].shape[-1] for name in (a, b))
+    size, other = (w.shape_of(name)[-1] for name in (a, b))
     name = w.make(f"nn.Bilinear({size}, {other}, 3)")
     w.run(f"{name}({a}, {b})", f"F.bilinear({a}, {b}, {name}.weight, {name}.bias)", saved=False)
 
@@ -184,7 +185,7 @@ def squeezed(w: Writer, steps: Sequence[Step]) -> None:
     """Channels scaled by a gate that the steps make of the means."""
     w.need(w.spatial == 2)
     gate = w.branch(("global_avg_pool", *steps, "sigmoid"))
-    w.need(w.state.scope[gate].shape[1:] == (w.channels, 1, 1))
+    w.need(w.shape_of(gate) == (w.channels, 1, 1))
     w.run(f"{{x}} * {gate}", f"{gate} * {{x}}", in_place=[f"{{x}} *= {gate}"], saved=False)
 
 

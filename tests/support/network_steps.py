@@ -194,12 +194,14 @@ FUNCTIONS: dict[str, tuple[str, str, bool]] = {
     "negated": ("-{x} | {x}.neg() | 0 - {x} | {x} * -1", "{x}.neg_()", False),
     "shifted": ("{x} - 0.3 | {x}.sub(0.3) | torch.add({x}, -0.3)", "{x} -= 0.3 | {x}.add_(-0.3)", False),
     "complement": ("1 - {x} | torch.rsub({x}, 1)", "", False),
-    "amax": ("{x}.amax(-1) | torch.amax({x}, -1) | {x}.amax(dim=-1)", "", True),
+    "amax": ("{x}.amax(-1) | torch.amax({x}, dim=-1)", "", True),  # among equal values it shares, unlike max
     "amin": ("{x}.amin(-1) | torch.amin({x}, dim=-1)", "", True),
+    "max": ("{x}.max(-1).values | torch.max({x}, -1)[0] | {x}.max(dim=-1)[0]", "", True),
+    "min": ("{x}.min(-1).values | torch.min({x}, dim=-1)[0]", "", True),
     "logsumexp": ("{x}.logsumexp(-1) | torch.logsumexp({x}, dim=-1)", "", True),
     "mean": ("{x}.mean(-1) | torch.mean({x}, dim=-1)", "", False),
     "sum": ("{x}.sum(-1) | {x}.sum(dim=-1)", "", False),
-    "std": ("{x}.std(-1) | torch.std({x}, dim=-1) | {x}.var(-1).sqrt()", "", True),
+    "std": ("{x}.std(-1) | torch.std({x}, dim=-1)", "", True),
     "var": ("{x}.var(-1, keepdim=True) | {x}.var(-1).unsqueeze(-1)", "", False),
     "length": ("{x}.norm(dim=-1) | torch.linalg.vector_norm({x}, dim=-1)", "", True),
     "normalize": ("F.normalize({x}, dim=1)", "", True),
@@ -221,7 +223,7 @@ FUNCTIONS: dict[str, tuple[str, str, bool]] = {
 }
 
 
-REDUCING = set("amax amin logsumexp mean sum std length prod".split())  # the last axis
+REDUCING = set("amax amin max min logsumexp mean sum std length prod".split())  # the last axis
 SEVERAL = set("std var standardized".split()) | {"dropped column", "strided columns"}  # need more than one column
 
 

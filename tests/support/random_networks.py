@@ -83,7 +83,10 @@ class Writer:
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the activation, without the batch."""
-        return tuple(self.state.scope[self.state.x].shape[1:])
+        return self.shape_of(self.state.x)
+
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        return tuple(self.state.scope[name].shape[1:])
 
     @property
     def channels(self) -> int:
@@ -173,7 +176,7 @@ class Writer:
         """Those of the steps that fit."""
         from network_blocks import BLOCKS, STEPS
 
-        for step in filter(None, steps):
+        for step in steps:
             before = self.state.copied()
             try:
                 if isinstance(step, str):
