@@ -146,7 +146,7 @@ class Recorder(TorchFunctionMode):
     def _count_layer(self, name: str, args: Any, kwargs: Any, output: Tensor) -> None:
         """Note a layer: a convolution, or a linear layer, whose output has positions if its channels are not all."""
         if name in CONVOLUTIONS or name in _LINEAR_LAYERS:
-            self.layer_nodes.append((_node(output), name in CONVOLUTIONS or output.dim() > 2))
+            self.layer_nodes.append((_node(output), name in CONVOLUTIONS or sum(n > 1 for n in output.shape[1:]) > 1))
             self._last_counted = output
         elif name == "batch_norm" and self._last_counted is argument(args, kwargs, 0, "input", None):
             self.layer_nodes[-1] = (output.grad_fn, self.layer_nodes[-1][1])  # it may go around the layer's own node

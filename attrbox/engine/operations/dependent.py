@@ -233,9 +233,10 @@ def _table() -> dict[Function, Parts]:
     def product(name: str, at_least: int = 2) -> Accepts:
         return lambda *call: _active(name, *call) >= at_least
 
-    enter("matmul", _sum("addbmm", lambda *factors: torch.bmm(*factors).sum(0)), spellings("addbmm"), product("addbmm"))
-    for name, multiply in (("baddbmm", torch.bmm), ("addmv", torch.mv), ("addr", torch.outer)):
-        enter("matmul", _sum(name, multiply), spellings(name), product(name))
+    summed = lambda *factors: torch.bmm(*factors).sum(0)  # noqa: E731
+    for name, multiply in (("addbmm", summed), ("baddbmm", torch.bmm), ("addmv", torch.mv)):
+        enter("linear matmul", _sum(name, multiply), spellings(name), product(name, at_least=1))
+    enter("matmul", _sum("addr", torch.outer), spellings("addr"), product("addr"))
 
     def addmm(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         active, addend = _active("addmm", args, kwargs), argument(args, kwargs, 0, "input", None)

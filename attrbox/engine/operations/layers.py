@@ -1,8 +1,9 @@
 """Convolutions, linear layers and batch-norms as sites, for rules that treat their weights.
 
-They become sites only if a rule of the recording asks for their kinds. A product with a constant matrix, x @ w, is a
-linear layer, and so is addmm with a constant vector. An evaluation-mode batch-norm behind one belongs
-to it:
+They become sites only if a rule of the recording asks for their kinds. A product with a constant matrix is a linear
+layer, however it is written (`attrbox.engine.operations.contractions`), and so is addmm with a constant vector; an
+elementwise product that is summed afterwards, (x[:, None] * W).sum(-1), stays a product and a sum. An evaluation-mode
+batch-norm behind a layer belongs to it:
 
     bn(conv(x; w, b)) = conv(x; w s, b s + t)
 
@@ -24,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attrbox.engine.operations.batch_norm import SPELLINGS, batch_norm_of
-from attrbox.engine.operations.elementwise import spellings
+from attrbox.engine.operations.contractions import contraction_of
 from attrbox.engine.operations.linearity import argument, is_activation
 from attrbox.engine.operations.operation import Function, Operation
 from attrbox.engine.site import Site
@@ -34,7 +35,6 @@ _KINDS: dict[Function, str] = {
     **dict.fromkeys((torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d), "convolution"),
     F.linear: "linear",
 }
-_MATRIX_PRODUCTS = frozenset({*spellings("matmul", "mm"), Tensor.__matmul__, torch.linalg.matmul})
 _ADDMM = frozenset({torch.addmm, Tensor.addmm})
 
 
@@ -42,11 +42,11 @@ def layer_of(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     """The layer behind an intercepted call: an activation, a constant weight, a constant bias or none."""
     if function in SPELLINGS:
         return _batch_norm(function, args, kwargs)
-    if function in _MATRIX_PRODUCTS or function in _ADDMM:
-        return _matrix_product(function, args, kwargs)
+    if function in _ADDMM:
+        return _addmm(function, args, kwargs)
     kind = _KINDS.get(function)
     if kind is None:
-        return None
+        return _contraction(function, args, kwargs)
     names = ("input", "weight", "bias")
     x, weight, bias = (argument(args, kwargs, place, name, None) for place, name in enumerate(names))
     if not is_activation(x) or is_activation(weight) or is_activation(bias):
@@ -78,18 +78,42 @@ def _batch_norm(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any
     return _layer("batch_norm", x, _with_input(function, args, kwargs), apply, *affine, 1 - x.dim())
 
 
-def _matrix_product(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operation | None:
-    """x @ w with a constant matrix w, or addmm(b, x, w) with a constant vector b: a linear layer."""
-    names = ("input", "mat1", "mat2") if function in _ADDMM else ("input", "other")
-    *addends, x, matrix = (argument(args, kwargs, place, name, None) for place, name in enumerate(names))
+def _addmm(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operation | None:
+    """addmm(b, x, w) with a constant vector b and a constant matrix w: a linear layer."""
+    names = ("input", "mat1", "mat2")
+    addend, x, matrix = (argument(args, kwargs, place, name, None) for place, name in enumerate(names))
     options = {name: value for name, value in kwargs.items() if name not in names}
     fits = isinstance(matrix, Tensor) and matrix.dim() == 2 and is_activation(x) and x.dim() > 1
-    if not fits or any(map(is_activation, (matrix, *addends))) or not set(options) <= {"beta", "alpha"}:
+    if not fits or any(map(is_activation, (matrix, addend))) or not set(options) <= {"beta", "alpha"}:
         return None
     beta, alpha = options.get("beta", 1), options.get("alpha", 1)
     weight = matrix.mT if alpha == 1 else alpha * matrix.mT
-    bias = beta * addends[0].expand(1, len(weight))[0] if addends and beta else None
-    return _layer("linear", x, lambda x: function(*addends, x, matrix, **options), F.linear, weight, bias, -1)
+    bias = beta * addend.expand(1, len(weight))[0] if beta else None
+    return _layer("linear", x, lambda x: function(addend, x, matrix, **options), F.linear, weight, bias, -1)
+
+
+def _contraction(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operation | None:
+    """A product with a constant matrix: a linear layer without a bias."""
+    found = contraction_of(function, args, kwargs)
+    if found is None:
+        return None
+    before, after = found.before, found.after
+
+    def apply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return after(F.linear(before(x), weight, bias))
+
+    def run(x: Tensor) -> Any:
+        given = [_replaced(value, found.x, x) for value in args]
+        return function(*given, **{name: _replaced(value, found.x, x) for name, value in kwargs.items()})
+
+    return _layer("linear", found.x, run, apply, found.weight, None, found.axis)
+
+
+def _replaced(value: Any, old: Tensor, new: Tensor) -> Any:
+    """A value with one tensor in the place of another."""
+    if isinstance(value, list | tuple):
+        return [_replaced(one, old, new) for one in value]
+    return new if value is old else value
 
 
 def _with_input(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Function:
