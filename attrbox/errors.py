@@ -128,6 +128,10 @@ class OptimisationWarning(UserWarning):
     """A map that is found by optimisation was stopped early, because its loss was not finite."""
 
 
+class RenamedWarning(DeprecationWarning):
+    """An option is given by its old name, which works for one release only; the message has the new one."""
+
+
 class TrainingModeWarning(UserWarning):
     """The model was in training mode and is explained in evaluation mode."""
 

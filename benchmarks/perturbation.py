@@ -34,9 +34,9 @@ PICTURE = [
     "mask",
     "smask",
     ("occlusion", {"window": 32, "stride": 16}),
-    ("rise", {"masks": 400, "center": True}),
-    ("lime", {"samples": 250}),
-    ("kernel_shap", {"samples": 250}),
+    ("rise", {"n_samples": 400, "center": True}),
+    ("lime", {"n_samples": 250}),
+    ("kernel_shap", {"n_samples": 250}),
 ]
 
 
@@ -68,7 +68,7 @@ def passes(models: Sequence[str], count: int) -> None:
 
         candidates = {
             "bare": bare,  # 48 images
-            "rise": lambda model=model, images=images: attrbox.explain(model, images, "rise", masks=48, **common),
+            "rise": lambda model=model, images=images: attrbox.explain(model, images, "rise", n_samples=48, **common),
             "occlusion": lambda model=model, images=images: attrbox.explain(  # 7 x 7 windows
                 model, images, "occlusion", window=56, stride=28, **common
             ),
@@ -115,7 +115,7 @@ def torchray(count: int) -> None:
             quietly(lambda image=image: theirs(model, image[None], 0, areas=list(AREAS), max_iter=steps))
 
     def together(steps: int) -> object:
-        options = {"areas": AREAS, "iterations": steps, "history": 0}
+        options = {"area_fractions": AREAS, "iterations": steps, "history": 0}
         return attrbox.explain(model, images, "smask", target=0, progress=False, **options)
 
     calls = {f"TorchRay {key}": call for key, call in per_iteration(one_by_one, 1, 3).items()}
@@ -185,7 +185,7 @@ def areas(folder: str, count: int) -> None:
     print("### Areas of sMask after 800 iterations\n")
     loaded, images = chosen(folder, count)
     targets = loaded.predict(images)[0]
-    found = attrbox.explain(loaded.model, images, "smask", target=targets, areas=AREAS).details["areas"]
+    found = attrbox.explain(loaded.model, images, "smask", target=targets, area_fractions=AREAS).details["areas"]
     names = [loaded.class_name(target) for target in targets.tolist()]
     rows = [
         [name, *(f"{area:.4f}" for area in row)] for name, row in zip(names, found.flatten(1).tolist(), strict=True)

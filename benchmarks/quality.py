@@ -71,7 +71,7 @@ class Subject:
         """Heatmaps of one method, [N, H, W]."""
         name, options = method or METHODS[label]
         if label == SMOOTHED:
-            sigma = attrbox.method_registry["learned_clean"].create({}).region * max(self.images.shape[-2:])
+            sigma = attrbox.method_registry["learned_clean"].create({}).region_fraction * max(self.images.shape[-2:])
             return gaussian_blur(self.maps("deeplift"), sigma)
 
         def computed() -> Tensor:

@@ -5,6 +5,7 @@ import difflib
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from attrbox.core.dense_tensors import dense
 from attrbox.core.registry import Registry
+from attrbox.core.renaming import renamed
 from attrbox.errors import OptionError, shown
 
 
@@ -25,9 +27,15 @@ class _Required:
 REQUIRED = _Required()
 
 
-def option(default: Any, help: str) -> Any:
-    """A field of a method with its default (REQUIRED: there is none) and a line of help."""
-    return field(default=default, metadata={"help": help})
+def option(default: Any, help: str, formerly: str = "") -> Any:
+    """A field of a method or a metric.
+
+    Args:
+        default: `REQUIRED` if there is none.
+        help: one line.
+        formerly: the name that it had in the last release, which still works and is warned of.
+    """
+    return field(default=default, metadata={"help": help, "formerly": formerly})
 
 
 @dataclass(frozen=True)
@@ -37,18 +45,23 @@ class OptionInfo:
     name: str
     default: Any
     help: str
+    formerly: str = ""
 
     def __str__(self) -> str:
         return f"{self.name}={self.default!r}: {self.help}"
 
 
-def option_infos(cls: type) -> tuple[OptionInfo, ...]:
-    """The options of a dataclass: its fields."""
+def option_infos(cls: type, defaults: Mapping[str, Any] = MappingProxyType({})) -> tuple[OptionInfo, ...]:
+    """The options of a dataclass: its fields, with other defaults where some are given."""
     return tuple(
-        OptionInfo(field.name, _default(field), str(field.metadata.get("help", "")))
+        OptionInfo(field.name, defaults.get(field.name, _default(field)), *_told(field))
         for field in (dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ())
         if field.init
     )
+
+
+def _told(field: dataclasses.Field[Any]) -> tuple[str, str]:
+    return str(field.metadata.get("help", "")), str(field.metadata.get("formerly", ""))
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:
@@ -82,13 +95,23 @@ class Spec(Generic[B]):
         """The value of each option of what `create` made."""
         return {info.name: getattr(built, info.name) for info in self.options}
 
+    def current(self, options: Mapping[str, Any], warn: bool = True) -> dict[str, Any]:
+        """The options by their names of today; those by old names are warned of.
+
+        Raises:
+            InputError: an option is given by both of its names.
+        """
+        names = {info.formerly: info.name for info in self.options if info.formerly}
+        return renamed(options, names, f"{self.kind} {self.name!r}", warn)
+
     def create(self, options: Mapping[str, Any]) -> B:
         """The method, or whatever it is, with these options.
 
         Raises:
             OptionError: an option is unknown, missing or out of range.
-            InputError: an option is a nested tensor.
+            InputError: an option is a nested tensor, or given by its old name and its new one.
         """
+        options = self.current(options)
         known = {info.name for info in self.options}
         for name in options:
             if name not in known:
@@ -134,6 +157,7 @@ def choose(registry: Registry[S], entries: Sequence["str | tuple[str, Mapping[st
     for entry in entries:
         name, options = (entry, {}) if isinstance(entry, str) else _pair(registry.kind, entry)
         spec = registry[name]
+        options = spec.current(options)
         made = spec.create(options)
         settings = spec.settings(made)
         others = {label: spec.settings(built) for label, (known, built) in chosen.items() if known is spec}

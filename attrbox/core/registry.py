@@ -205,7 +205,11 @@ def as_dataclass(cls: Any, base: type) -> None:
             ) from error
     if not getattr(cls, "__dataclass_params__", _FROZEN).frozen:
         raise OptionError(f"The dataclass {cls.__name__} can change. Make it @dataclass(frozen=True, kw_only=True).")
-    fields = {field.name for field in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else set()
+    known = dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ()
+    fields = {field.name for field in known}
+    for field in known:
+        if (old := field.metadata.get("formerly")) in fields:
+            raise OptionError(f"The option {old!r} is called {field.name!r} now. Rename it in {cls.__name__}.")
     strays = [
         parameter.name
         for parameter in inspect.signature(cls).parameters.values()

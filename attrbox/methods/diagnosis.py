@@ -26,7 +26,7 @@ from attrbox.methods.explaining import explain
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2}
 # As few passes as methods of many need to show whether they run.
-_BRIEF: Mapping[str, Any] = {"iterations": 1, "samples": 2, "steps": 2}
+_BRIEF: Mapping[str, Any] = {"iterations": 1, "n_samples": 2, "steps": 2}
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ class Measurement:
     Attributes:
         values: one number per sample, [n]; NaN where the metric is not defined, which is left out and counted.
         curves: a curve per sample, [n, points], if the metric has one.
-        positions: where its points are, [points].
+        fractions: where its points are, [points].
         groups: if the mean over samples is to be the mean over the means of groups (classes), the group of each, [n].
         details: more per sample, [n, ...].
         note: what is to be said of the values, such as why there are none.
@@ -49,7 +49,7 @@ class Measurement:
 
     values: Tensor
     curves: Tensor | None = None
-    positions: Tensor | None = None
+    fractions: Tensor | None = None
     groups: Tensor | None = None
     details: Mapping[str, Tensor] | None = None
     note: str = ""

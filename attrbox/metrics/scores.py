@@ -98,7 +98,7 @@ class Score:
         return cls(
             values=torch.cat([part.values for part in parts]),
             curves=None if first.curves is None else torch.cat([p.curves for p in parts if p.curves is not None]),
-            fractions=first.positions,
+            fractions=first.fractions,
             groups=None if first.groups is None else torch.cat([p.groups for p in parts if p.groups is not None]),
             details=details,
             note=first.note,

@@ -136,6 +136,7 @@ def _recipe(method: Any, options: Mapping[str, Any] | None, provenance: Provenan
     if method not in registry or options is None:
         return None
     try:
+        options = registry[method].current(options, warn=False)
         registry[method].create(options)
     except AttrboxError:
         return None
@@ -147,7 +148,7 @@ def _explained_by(source: Source, explainer: ExplainerLike) -> Source:
         explainer = (explainer, {})
     if isinstance(explainer, tuple):
         name, options = explainer
-        explainer = Recipe(registry[name].name, options)
+        explainer = Recipe(registry[name].name, registry[name].current(options))
     elif not callable(explainer) and not isinstance(explainer, Recipe):
         raise InputError(
             "Expected an explainer as a method's name, (name, {option: value}) or a function, "

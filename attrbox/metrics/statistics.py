@@ -57,7 +57,7 @@ def bootstrap_interval(
     *,
     level: float = 0.95,
     seed: int = 0,
-    resamples: int = RESAMPLES,
+    n_samples: int = RESAMPLES,
 ) -> tuple[float, float]:
     """The percentile interval of `grouped_mean` over samples drawn with replacement (Efron 1979).
 
@@ -69,14 +69,14 @@ def bootstrap_interval(
     generator = np.random.default_rng(seed)
     values = values[defined].astype(np.float64)
     parts = [values] if groups is None else [values[groups[defined] == group] for group in np.unique(groups[defined])]
-    means = np.mean([_resampled_means(part, generator, resamples) for part in parts], axis=0)
+    means = np.mean([_resampled_means(part, generator, n_samples) for part in parts], axis=0)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 
-def _resampled_means(values: Array, generator: np.random.Generator, resamples: int) -> Array:
+def _resampled_means(values: Array, generator: np.random.Generator, n_samples: int) -> Array:
     step = max(1, _AT_ONCE // len(values))
-    sizes = [min(step, resamples - start) for start in range(0, resamples, step)]
+    sizes = [min(step, n_samples - start) for start in range(0, n_samples, step)]
     return np.concatenate([values[generator.integers(len(values), size=(s, len(values)))].mean(1) for s in sizes])
 
 

@@ -5,13 +5,14 @@ What users get wrong is told in one line, with exit status 2. What takes long to
 
 import re
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from attrbox.core.memory import keep_pages
-from attrbox.errors import FileError
+from attrbox.errors import FileError, RenamedWarning
 from attrbox.pipeline.commands.configs import configs
 from attrbox.pipeline.commands.doctor import doctor
 from attrbox.pipeline.commands.evaluate import evaluate
@@ -189,6 +190,7 @@ def main() -> None:
     """The entry point; models beside the working directory can be named too."""
     sys.path.insert(0, "")
     keep_pages()
+    warnings.simplefilter("default", RenamedWarning)  # tell users, not only developers
     app()
 
 

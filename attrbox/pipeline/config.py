@@ -22,6 +22,7 @@ from pydantic_core import ErrorDetails
 
 from attrbox.core.atomic_files import as_path
 from attrbox.core.options import choose
+from attrbox.core.registry import Registry
 from attrbox.data.models import SHORTHANDS
 from attrbox.errors import AttrboxError, FileError, OptionError, near_miss, shown
 from attrbox.methods.base import method_registry
@@ -106,13 +107,12 @@ class Config(_Table):
     @classmethod
     def _exist(cls, entries: list[Entry], info: ValidationInfo) -> list[Entry]:
         try:
-            if info.field_name == "methods":
-                choose(method_registry, _pairs(entries))
-            else:
-                choose(metric_registry, _pairs(entries))
+            registry: Registry[Any] = method_registry if info.field_name == "methods" else metric_registry
+            current = [(name, registry[name].current(options)) for name, options in _pairs(entries)]
+            choose(registry, current)
         except AttrboxError as error:
             raise ValueError(str(error)) from error
-        return entries
+        return [{"name": name, **options} if options else name for name, options in current]
 
     @property
     def chosen_methods(self) -> list[tuple[str, dict[str, Any]]]:

@@ -13,6 +13,7 @@ from attrbox.data.maps.writer import known_targets
 from attrbox.data.models import LoadedModel
 from attrbox.data.samples import Samples, SamplesLike
 from attrbox.errors import InputError
+from attrbox.methods.base import method_registry as registry
 from attrbox.pipeline.job import ExportTarget, Job
 from attrbox.pipeline.samples_given import samples_given
 
@@ -92,4 +93,4 @@ def _known_options(one: MethodMaps) -> dict[str, Any]:
     options = options_in(one.dataset.file, one.dataset)
     if options is None:
         raise InputError(f"The options of {one.label!r} are tensors that the file does not keep. Explain it anew.")
-    return options
+    return registry[one.method].current(options, warn=False)

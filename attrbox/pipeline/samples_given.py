@@ -11,7 +11,7 @@ from attrbox.data.maps.writer import Growing
 from attrbox.data.models import LoadedModel
 from attrbox.data.samples import Picture, Samples, SamplesLike, samples_of
 from attrbox.errors import FileError, InputError, ModelError
-from attrbox.methods.base import Method, MethodSpec
+from attrbox.methods.base import Method, MethodSpec, method_registry as registry
 from attrbox.methods.comparison import MethodLike
 from attrbox.pipeline.job import ExportTarget, count_classes
 
@@ -61,7 +61,7 @@ def labelled(
 ) -> dict[str, tuple[str, Mapping[str, Any]]]:
     """label -> name and options. What the file has with the same options keeps the label that it has there."""
     entries: dict[str, tuple[str, Mapping[str, Any]]] = {}
-    there = {} if growing is None else growing.methods
+    there = {} if growing is None else {label: _current(*made) for label, made in growing.methods.items()}
     for (label, (spec, method)), entry in zip(chosen.items(), methods, strict=True):
         options = plain(spec.settings(method))
         same = [known for known, made in there.items() if made == (spec.name, options)]
@@ -77,5 +77,10 @@ def labelled(
                     "give the same options, or choose another path."
                 )
             label = f"{label}({', '.join(f'{name}={now}' for name, (_, now) in other.items())})"
-        entries[label] = (spec.name, {} if isinstance(entry, str) else entry[1])
+        entries[label] = (spec.name, {} if isinstance(entry, str) else spec.current(entry[1], warn=False))
     return entries
+
+
+def _current(name: str, options: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    """A method in a file, its options by their names of today."""
+    return name, registry[name].current(options, warn=False) if name in registry else options

@@ -11,8 +11,8 @@ GRADIENTS: Chosen = {
     "gradient_x_input": ("gradient_x_input", {}),
     "lrp_epsilon": ("lrp_epsilon", {}),
     "deeplift": ("deeplift", {}),
-    "squared_smoothgrad": ("squared_smoothgrad", {"samples": 50}),
-    "smoothgrad": ("smoothgrad", {"samples": 50}),
+    "squared_smoothgrad": ("squared_smoothgrad", {"n_samples": 50}),
+    "smoothgrad": ("smoothgrad", {"n_samples": 50}),
     "integrated_gradients": ("integrated_gradients", {"steps": 50}),
     "grad_cam": ("grad_cam", {}),
 }

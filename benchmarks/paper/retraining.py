@@ -39,7 +39,7 @@ def table1(options: argparse.Namespace) -> str:
 
 def _methods(iterations: int) -> Chosen:
     return {
-        "squared_smoothgrad": ("squared_smoothgrad", {"samples": 25}),
+        "squared_smoothgrad": ("squared_smoothgrad", {"n_samples": 25}),
         "learned": ("learned", {"iterations": iterations, "keep_rules": False}),
     }
 

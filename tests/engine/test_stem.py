@@ -101,7 +101,11 @@ def test_many_passes_sum_to_what_single_gradients_sum_to(name, method, batch_siz
     start, options = WITH[name] if name in WITH else (WITHOUT[name], {})
     model, x = build(start, options)
     targets = attrbox.classes([1, 0])
-    few = {"steps": 5, "quadrature": "midpoint"} if method == "integrated_gradients" else {"samples": 5, "noise": 0.0}
+    few = (
+        {"steps": 5, "quadrature": "midpoint"}
+        if method == "integrated_gradients"
+        else {"n_samples": 5, "noise_fraction": 0.0}
+    )
     found = attrbox.explain(model, x, method, target=targets, batch_size=batch_size, progress=False, **few).values
     total = 0
     for k in range(5):
@@ -115,9 +119,9 @@ def test_smoothgrad_shares_the_passes_of_methods_that_need_squares():
     model, x = build(*WITH["a convolution"])
     calls = []
     model.register_forward_hook(lambda module, args, output: calls.append(len(args[0])))
-    alone = attrbox.explain(model, x, "smoothgrad", samples=4, progress=False).values
+    alone = attrbox.explain(model, x, "smoothgrad", n_samples=4, progress=False).values
     passes = sum(calls)
     calls.clear()
-    both = attrbox.compare(model, x, [("smoothgrad", {"samples": 4}), ("vargrad", {"samples": 4})], progress=False)
+    both = attrbox.compare(model, x, [("smoothgrad", {"n_samples": 4}), ("vargrad", {"n_samples": 4})], progress=False)
     assert sum(calls) == passes
     torch.testing.assert_close(both["smoothgrad"].values, alone)

@@ -32,13 +32,13 @@ ZOO = {
     "efficientnet_lite0": (64, None, False),
 }
 MANY_PASSES = {"integrated_gradients": {"steps": 3}}
-MANY_PASSES |= {name: {"samples": 2} for name in ("smoothgrad", "squared_smoothgrad", "vargrad")}
+MANY_PASSES |= {name: {"n_samples": 2} for name in ("smoothgrad", "squared_smoothgrad", "vargrad")}
 MANY_PASSES |= {name: {"iterations": 2} for name in ("learned", "learned_rank", "learned_clean", "smask")}
 MANY_PASSES |= {"mask": {"iterations": 2, "initial": "ones"}, "occlusion": {"window": 32, "stride": 32}}
 MANY_PASSES |= {
-    "rise": {"masks": 3},
-    "lime": {"samples": 3, "segments": 2},
-    "kernel_shap": {"samples": 4, "segments": 2},
+    "rise": {"n_samples": 3},
+    "lime": {"n_samples": 3, "segments": 2},
+    "kernel_shap": {"n_samples": 4, "segments": 2},
 }
 
 

@@ -288,7 +288,7 @@ class TestLearning:
             {"plugin": "shared"},
             {"plugin": "shared", "kernel": 3},
             {"plugin": "convolution"},
-            {"mask": "gaussian", "sigma": 0.2},
+            {"mask": "gaussian", "sigma_fraction": 0.2},
             {"mask": "rank"},
             {"decay": True},
             {"fill": "blur"},
@@ -298,8 +298,8 @@ class TestLearning:
             {"preset": "clean"},
             {"modules": "act"},
             {"weight": 1.0},
-            {"sigma": 0.1},
-            {"region": 0.2},
+            {"sigma_fraction": 0.1},
+            {"region_fraction": 0.2},
         ],
     )
     def test_every_switch_makes_another_map(self, options):
@@ -311,11 +311,11 @@ class TestLearning:
         model = net()
         for preset in ("rank", "clean"):
             assert torch.equal(learned(model, name=f"learned_{preset}").values, learned(model, preset=preset).values)
-        assert learned(model, name="learned_clean").options["region"] > 0
+        assert learned(model, name="learned_clean").options["region_fraction"] > 0
 
     def test_the_region_is_deeplift_smoothed(self):
         model = net()
-        maps = learned(model, region=0.2, iterations=6, target=1)
+        maps = learned(model, region_fraction=0.2, iterations=6, target=1)
         rules = maps.details["rules"]
         anywhere = dataclasses.replace(rules, settings=dict(rules.settings) | {"region": 0.0})
         values = attrbox.explain(model, X, "learned_transfer", learned=anywhere, target=1).values
@@ -328,7 +328,9 @@ class TestLearning:
 
     def test_the_region_is_in_the_loss(self):
         model = net()
-        maps = learned(model, region=0.2, target=1, iterations=1, lr=1e-12)  # the map of the start, but for rounding
+        maps = learned(
+            model, region_fraction=0.2, target=1, iterations=1, lr=1e-12
+        )  # the map of the start, but for rounding
         taken = [maps.details[f"{sign}_mask"][:, None] for sign in ("positive", "negative")]
         with torch.no_grad():
             without, kept = (model(X * (1 - mask))[:, 1] for mask in taken)
@@ -338,7 +340,7 @@ class TestLearning:
     def test_without_any_region_the_map_is_zero(self):
         model = nn.Sequential(nn.Conv2d(3, 2, 3), nn.ReLU(), nn.Conv2d(2, 2, 3), nn.Flatten(), nn.Linear(72, 3)).eval()
         maps = learned(
-            model.double(), torch.zeros(2, 3, 10, 10, dtype=torch.float64), region=0.2
+            model.double(), torch.zeros(2, 3, 10, 10, dtype=torch.float64), region_fraction=0.2
         )  # the reference itself
         assert not maps.values.any()
         assert maps.details["loss"].isfinite().all()
@@ -386,9 +388,9 @@ class TestLearning:
         x = torch.randn(2, 2, 12)
         assert learned(model, x).values.shape == (2, 2, 12)
         with pytest.raises(InputError, match="sigma"):
-            learned(model, x, sigma=0.1)
+            learned(model, x, sigma_fraction=0.1)
         with pytest.raises(InputError, match="region"):
-            learned(model, x, region=0.1)
+            learned(model, x, region_fraction=0.1)
 
 
 FEW_OPTIONS = {"iterations": 4}
@@ -429,7 +431,7 @@ class TestMasks:
     def test_gaussian_smooths_the_map_first(self):
         map = torch.zeros(1, 21, 21, dtype=torch.float64)
         map[0, 10, 10] = 1
-        generator = GaussianMask(sigma=2 / 21)
+        generator = GaussianMask(sigma_fraction=2 / 21)
         smoothed = generator.smoothed(map)
         torch.testing.assert_close(smoothed.sum().item(), 1.0)
         torch.testing.assert_close((smoothed[0, 10, 12] / smoothed[0, 10, 10]).item(), math.exp(-0.5))
@@ -608,9 +610,9 @@ class TestBadInput:
             {"temperature": 0.0},
             {"fraction": 0.0},
             {"fraction": 1.5},
-            {"sigma": -0.1},
-            {"region": -0.1},
-            {"region": 0.6},
+            {"sigma_fraction": -0.1},
+            {"region_fraction": -0.1},
+            {"region_fraction": 0.6},
             {"weight": math.inf},
             {"tolerance": -1.0},
             {"kernel": 2},

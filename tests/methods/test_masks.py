@@ -144,9 +144,9 @@ class TestParts:
         x = images(30, 20, 6, 4)
         torch.testing.assert_close(fill_images(x, "blur", lambda: x), gaussian_blur(x, 0.3))
         maps = images(30, 6, 4)
-        smoothed = masks["gaussian"].make(sigma=0.1).smoothed(maps)
+        smoothed = masks["gaussian"].make(sigma_fraction=0.1).smoothed(maps)
         torch.testing.assert_close(smoothed, gaussian_blur(maps, 0.6))
-        assert masks["gaussian"].make(sigma=0.0).smoothed(maps) is maps
+        assert masks["gaussian"].make(sigma_fraction=0.0).smoothed(maps) is maps
 
     def test_total_variation(self):
         m = images(2, 4, 5).abs()
@@ -280,7 +280,7 @@ class TestSMask:
     def test_covers_the_area_on_the_object(self):
         x = torch.full((1, 1, 32, 32), 20.0, dtype=torch.float64)
         areas = (0.05, 0.2)
-        maps = explain(Linear(BRIGHT), x, "smask", areas=areas, iterations=500, **SMALL)
+        maps = explain(Linear(BRIGHT), x, "smask", area_fractions=areas, iterations=500, **SMALL)
         masks = maps.details["masks"][0, :, 0]
         assert (maps.details["areas"][0] - torch.tensor(areas)).abs().max() < 0.02
         on = (masks * (BRIGHT[0] > 0)).sum((1, 2)) / masks.sum((1, 2))
@@ -291,7 +291,9 @@ class TestSMask:
         # What the details say of the final masks is so.
         shown = (masks * x[0] * BRIGHT[0]).sum((1, 2))
         torch.testing.assert_close(maps.details["area_rewards"][0], shown)
-        best = explain(Linear(BRIGHT), x, "smask", areas=areas, iterations=5, combine="best", slack=0.3, **SMALL)
+        best = explain(
+            Linear(BRIGHT), x, "smask", area_fractions=areas, iterations=5, combine="best", slack_fraction=0.3, **SMALL
+        )
         chosen = int(best.details["best"])
         torch.testing.assert_close(best.values, best.details["masks"][:, chosen])
         assert (best.details["masks"][:, 1 - chosen] - best.values).abs().max() > 1e-6
@@ -300,7 +302,7 @@ class TestSMask:
         """f(m X) and -f((1 - m) X) differ by a constant there, and dual is their sum."""
         x = 1 + images(2, 1, 16, 16).abs()
         model = Linear(images(1, 1, 16, 16, seed=3))
-        options = SMALL | {"areas": (0.3,), "iterations": 12}
+        options = SMALL | {"area_fractions": (0.3,), "iterations": 12}
         found = {v: explain(model, x, "smask", variant=v, **options) for v in ("preserve", "delete", "dual")}
         torch.testing.assert_close(found["preserve"].values, found["delete"].values)
         rewards = {name: maps.details["reward"] for name, maps in found.items()}
@@ -314,7 +316,14 @@ class TestSMask:
     def test_a_step_of_the_optimiser(self):
         """One step of gradient ascent by hand; momentum begins with the plain gradient."""
         x, model = images(1, 1, 8, 8).abs(), Linear(images(1, 1, 8, 8, seed=3))
-        options = {"step": 4, "sigma": 4.0, "perturbation": "fade", "jitter": True, "areas": (0.25,), "lr": 0.001}
+        options = {
+            "step": 4,
+            "sigma": 4.0,
+            "perturbation": "fade",
+            "jitter": True,
+            "area_fractions": (0.25,),
+            "lr": 0.001,
+        }
         maps = explain(model, x, "smask", iterations=3, history=3, **options)
         generator = SmoothMax((8, 8), 4, 4.0, x)
         p, velocity = torch.ones(1, 2, 2, dtype=torch.float64), None
@@ -332,32 +341,34 @@ class TestSMask:
         torch.testing.assert_close(maps.values[0], generator.cropped(generator.whole(p)))
 
     def test_the_best_area(self):
-        method = attrbox.method_registry["smask"].create({"areas": (0.2, 0.1, 0.4), "slack": 0.1})
+        method = attrbox.method_registry["smask"].create({"area_fractions": (0.2, 0.1, 0.4), "slack_fraction": 0.1})
         rewards = torch.tensor([[[9.5, 8.0, 9.9], [1.0, 2.0, 3.0], [9.2, 9.1, 9.0], [-10.0, -20.0, -8.0]]])
         scores = torch.tensor([[10.0, 10.0, 10.0, -9.5]])
         assert method.best(rewards, scores).tolist() == [[0, 2, 1, 0]]
-        delete = attrbox.method_registry["smask"].create({"areas": (0.2, 0.1, 0.4), "slack": 0.1, "variant": "delete"})
+        delete = attrbox.method_registry["smask"].create(
+            {"area_fractions": (0.2, 0.1, 0.4), "slack_fraction": 0.1, "variant": "delete"}
+        )
         assert delete.best(torch.tensor([[[-0.9, -2.0, -0.1]]]), torch.tensor([[10.0]])).tolist() == [[0]]
 
     def test_areas_do_not_depend_on_each_other(self):
         model, x = residual_net(), images(2, 3, 12, 12)
         options = {"step": 4, "sigma": 6.0, "iterations": 3}
-        together = explain(model, x, "smask", areas=(0.1, 0.5), **options).details["masks"]
+        together = explain(model, x, "smask", area_fractions=(0.1, 0.5), **options).details["masks"]
         for index, area in enumerate((0.1, 0.5)):
-            alone = explain(model, x, "smask", areas=(area,), **options)
+            alone = explain(model, x, "smask", area_fractions=(area,), **options)
             torch.testing.assert_close(together[:, index], alone.values)
-        assert torch.equal(explain(model, x, "smask", areas=0.5, **options).values, alone.values)
+        assert torch.equal(explain(model, x, "smask", area_fractions=0.5, **options).values, alone.values)
 
     def test_options_that_must_matter(self):
         model, x = residual_net(), images(1, 3, 12, 12)
-        base = {"step": 4, "sigma": 6.0, "iterations": 4, "areas": (0.3,)}
+        base = {"step": 4, "sigma": 6.0, "iterations": 4, "area_fractions": (0.3,)}
         plain = explain(model, x, "smask", **base).values
         for option in (
             {"perturbation": "fade"}, {"levels": 3}, {"blur": 3.0}, {"jitter": False}, {"lr": 0.1}, {"momentum": 0.0},
-            {"weight": 10.0}, {"growth": 1.5}, {"smooth": 0.1}, {"sigma": 8.0}, {"step": 3}, {"score": "prob"},
+            {"weight": 10.0}, {"growth": 1.5}, {"smooth_fraction": 0.1}, {"sigma": 8.0}, {"step": 3}, {"score": "prob"},
         ):  # fmt: skip
             assert (explain(model, x, "smask", **(base | option)).values - plain).abs().max() > 1e-7, option
-        smoothed = explain(model, x, "smask", **base, smooth=0.1).values
+        smoothed = explain(model, x, "smask", **base, smooth_fraction=0.1).values
         torch.testing.assert_close(smoothed, gaussian_blur(plain, 1.2, "zero"))
 
 
@@ -465,7 +476,10 @@ class TestBoth:
 @pytest.mark.parametrize(
     ("method", "options"),
     [
-        *(("smask", {"areas": areas}) for areas in (0.0, 1.0, (0.1, 1.5), (-0.1,), (), ("a",), 1, None, math.nan)),
+        *(
+            ("smask", {"area_fractions": areas})
+            for areas in (0.0, 1.0, (0.1, 1.5), (-0.1,), (), ("a",), 1, None, math.nan)
+        ),
         ("smask", {"variant": "keep"}),
         ("smask", {"combine": "mean"}),
         ("smask", {"perturbation": "noise"}),
@@ -474,8 +488,8 @@ class TestBoth:
         ("smask", {"momentum": 1.5}),
         ("smask", {"weight": -1.0}),
         ("smask", {"growth": 0.0}),
-        ("smask", {"slack": -0.1}),
-        ("smask", {"smooth": -1.0}),
+        ("smask", {"slack_fraction": -0.1}),
+        ("smask", {"smooth_fraction": -1.0}),
         ("smask", {"jitter": 1}),
         ("mask", {"game": "dual"}),
         ("mask", {"upsample": "cubic"}),

@@ -179,7 +179,7 @@ def test_smooth_masks_are_those_of_the_second_implementation(layout: str) -> Non
     model, images = built("mixed")
     wanted = [oracle.smask(model, x[None], t, 4, 4, 6.0, 0.25) for x, t in zip(images, (1, 2), strict=True)]
     found = attrbox.explain(
-        model, LAYOUTS[layout](images), "smask", target=[1, 2], iterations=4, step=4, sigma=6.0, areas=(0.25,),
+        model, LAYOUTS[layout](images), "smask", target=[1, 2], iterations=4, step=4, sigma=6.0, area_fractions=(0.25,),
         progress=False,
     ).values  # fmt: skip
     torch.testing.assert_close(found[:, 0], torch.cat(wanted), rtol=1e-6, atol=1e-9)

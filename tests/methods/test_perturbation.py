@@ -18,9 +18,9 @@ from attrbox.methods.perturbation.superpixels import cells, means, quickshift
 
 BLACK_BOX = {
     "occlusion": {"window": 3, "stride": 2},
-    "rise": {"masks": 7, "grid": 3},
-    "lime": {"samples": 9, "segments": 2},
-    "kernel_shap": {"samples": 10, "segments": 3},
+    "rise": {"n_samples": 7, "grid": 3},
+    "lime": {"n_samples": 9, "segments": 2},
+    "kernel_shap": {"n_samples": 10, "segments": 3},
 }
 W = torch.tensor([4.0, 3.0, 2.0, -1.0], dtype=torch.float64)
 ROWS = torch.tensor([[1.0, 1.0, 1.0, 1.0], [2.0, -1.0, 0.5, 3.0]], dtype=torch.float64)
@@ -60,10 +60,10 @@ class Recorder:
         ("occlusion", {"window": 1, "stride": 1}, 0.0),
         ("occlusion", {"window": 1, "stride": 1, "fill": START}, START),
         ("occlusion", {"window": 1, "stride": 1, "fill": 2.0}, 2.0),
-        ("kernel_shap", {"segments": EACH, "samples": None}, 0.0),
-        ("kernel_shap", {"segments": EACH, "samples": None, "fill": START}, START),
-        ("lime", {"segments": EACH, "ridge": 0.0, "samples": 40, "fill": 0.0}, 0.0),
-        ("lime", {"segments": EACH, "ridge": 0, "samples": 40, "fill": START}, START),
+        ("kernel_shap", {"segments": EACH, "n_samples": None}, 0.0),
+        ("kernel_shap", {"segments": EACH, "n_samples": None, "fill": START}, START),
+        ("lime", {"segments": EACH, "ridge": 0.0, "n_samples": 40, "fill": 0.0}, 0.0),
+        ("lime", {"segments": EACH, "ridge": 0, "n_samples": 40, "fill": START}, START),
     ],
 )
 def test_contributions_of_a_linear_model(method, options, start):
@@ -73,7 +73,7 @@ def test_contributions_of_a_linear_model(method, options, start):
 
 def test_rise_on_a_linear_model_in_expectation():
     """E S_i = b + c_i + p sum of the other c_j: closed form 13 of the literature's example."""
-    options = {"target": 0, "score": "logit", "grid": 4, "masks": 20_000, "batch_size": 1000}
+    options = {"target": 0, "score": "logit", "grid": 4, "n_samples": 20_000, "batch_size": 1000}
     maps = explain(linear, ROWS[:1], "rise", **options)
     expected = torch.tensor([[6.5, 6.0, 5.5, 4.0]], dtype=torch.float64)
     assert (maps.values - expected).abs().max() < 0.25  # five standard errors
@@ -123,12 +123,12 @@ def test_occlusion_needs_one_pass_per_window_and_one():
 def test_rise_is_the_mean_of_masks_weighted_by_scores(sides, grid):
     box = Recorder(total)
     x = torch.ones(1, 1, *sides, dtype=torch.float64)  # so that the black box sees the masks
-    maps = explain(box, x, "rise", target=0, score="logit", masks=40, grid=grid, p=0.3, batch_size=7)
+    maps = explain(box, x, "rise", target=0, score="logit", n_samples=40, grid=grid, p=0.3, batch_size=7)
     masks = torch.cat(box.seen[1:])
     assert len(masks) == 40
     expected = (total(masks)[:, :1] * masks.flatten(1)).mean(0) / 0.3
     torch.testing.assert_close(maps.values.flatten(), expected)
-    options = {"score": "logit", "masks": 40, "grid": grid, "p": 0.3, "center": True}
+    options = {"score": "logit", "n_samples": 40, "grid": grid, "p": 0.3, "center": True}
     signed = explain(total, x, "rise", target=0, **options).values
     scores = total(masks)[:, :1]
     torch.testing.assert_close(signed.flatten(), ((scores - scores.mean()) * masks.flatten(1)).mean(0) / 0.3)
@@ -144,7 +144,7 @@ def test_rise_is_the_mean_of_masks_weighted_by_scores(sides, grid):
 
 def test_rise_masks_are_smooth_grids_and_shifted():
     box = Recorder(total)
-    explain(box, torch.ones(1, 1, 40, 40, dtype=torch.float64), "rise", target=0, score="logit", masks=60, grid=4)
+    explain(box, torch.ones(1, 1, 40, 40, dtype=torch.float64), "rise", target=0, score="logit", n_samples=60, grid=4)
     masks = torch.cat(box.seen[1:])[:, 0]
     assert masks.diff(dim=1).abs().max() <= 1 / 10 + 1e-9  # a cell of 10 pixels, stretched to 12.5
     # Where the masks rise from 0 to 1 depends on their shift.
@@ -155,7 +155,7 @@ def test_rise_masks_are_smooth_grids_and_shifted():
 def test_lime_is_the_weighted_ridge_regression():
     box = Recorder(lambda x: torch.stack([x @ W + x[:, 0] * x[:, 1], x[:, 2]], 1))
     x = torch.ones(1, 4, dtype=torch.float64)
-    options = {"segments": EACH, "fill": 0.0, "score": "logit", "samples": 30, "width": 0.5, "ridge": 0.7}
+    options = {"segments": EACH, "fill": 0.0, "score": "logit", "n_samples": 30, "width": 0.5, "ridge": 0.7}
     maps = explain(box, x, "lime", target=attrbox.classes([0, 1]), **options)
     z = torch.cat(box.seen[1:])
     assert z[0].tolist() == [1, 1, 1, 1]
@@ -185,7 +185,7 @@ def test_lime_is_the_weighted_ridge_regression():
 )
 def test_shapley_values_by_hand(function, x, expected):
     row = torch.tensor([x], dtype=torch.float64)
-    maps = explain(function, row, "kernel_shap", target=0, samples=None, segments=torch.arange(len(x)))
+    maps = explain(function, row, "kernel_shap", target=0, n_samples=None, segments=torch.arange(len(x)))
     torch.testing.assert_close(maps.values, torch.tensor([expected], dtype=torch.float64))
     assert maps.details["exact"].tolist() == [True]
 
@@ -210,7 +210,7 @@ def test_kernel_shap_by_sampling():
     errors = {}
     for samples in (200, 2000):
         box.seen.clear()
-        maps = explain(box, x, "kernel_shap", target=0, segments=torch.arange(14), samples=samples)
+        maps = explain(box, x, "kernel_shap", target=0, segments=torch.arange(14), n_samples=samples)
         assert maps.details["exact"].tolist() == [False]
         torch.testing.assert_close(maps.values.sum(), box.function(x)[0] - box.function(0 * x)[0])
         assert maps.details["base"].item() == 0
@@ -225,9 +225,9 @@ def test_kernel_shap_by_sampling():
     assert errors[200] < 0.5
     few = torch.ones(1, 4, dtype=torch.float64)
     for samples in range(2, 20):  # of the 14 coalitions that are neither none nor all of four
-        maps = explain(linear, few, "kernel_shap", target=0, segments=torch.arange(4), samples=samples)
+        maps = explain(linear, few, "kernel_shap", target=0, segments=torch.arange(4), n_samples=samples)
         assert maps.details["exact"].item() == (samples >= 14)
-    complete = explain(box, x, "kernel_shap", target=0, segments=torch.arange(14), samples=2**14)
+    complete = explain(box, x, "kernel_shap", target=0, segments=torch.arange(14), n_samples=2**14)
     torch.testing.assert_close(complete.values[0], shapley)
 
 
@@ -253,7 +253,7 @@ def test_superpixels_by_default_given_and_as_a_grid():
     def box(x: Tensor) -> Tensor:  # looks at the upper left corner
         return x[:, :, :20, :20].sum((1, 2, 3))
 
-    maps = explain(box, x, "lime", segments=None, target=0, score="logit", fill=0.0, samples=90, ridge=0.0)
+    maps = explain(box, x, "lime", segments=None, target=0, score="logit", fill=0.0, n_samples=90, ridge=0.0)
     labels = maps.details["segments"][0]
     seen = labels[:20, :20].unique()
     assert len(seen) < len(labels.unique()) < 60
@@ -262,12 +262,12 @@ def test_superpixels_by_default_given_and_as_a_grid():
         found = maps.values[0, 0][labels == label]
         torch.testing.assert_close(found, part.expand(found.shape))
     odd = torch.tensor([7, -1, 40, 7])  # any whole numbers; the features 0 and 3 go together
-    values = explain(linear, ROWS, "kernel_shap", target=0, segments=odd, samples=None).values
+    values = explain(linear, ROWS, "kernel_shap", target=0, segments=odd, n_samples=None).values
     contributions = W * ROWS
     contributions[:, [0, 3]] = contributions[:, [0, 3]].sum(1, keepdim=True)
     torch.testing.assert_close(values, contributions)
     own = torch.stack([odd, torch.arange(4)])  # superpixels of their own for each image
-    values = explain(linear, ROWS, "kernel_shap", target=0, segments=own, samples=None, batch_size=1).values
+    values = explain(linear, ROWS, "kernel_shap", target=0, segments=own, n_samples=None, batch_size=1).values
     torch.testing.assert_close(values, torch.stack([contributions[0], (W * ROWS)[1]]))
     assert cells((4, 6), 2).tolist() == [[0, 0, 0, 1, 1, 1]] * 2 + [[2, 2, 2, 3, 3, 3]] * 2
 
@@ -279,7 +279,7 @@ def test_a_hidden_superpixel_shows_its_mean_colour():
     torch.testing.assert_close(shown[..., :2], x[..., :2].mean((2, 3), keepdim=True).expand(2, 3, 4, 2))
     torch.testing.assert_close(shown[..., 2:], x[..., 2:].mean((2, 3), keepdim=True).expand(2, 3, 4, 2))
     box = Recorder(total)
-    explain(box, x, "kernel_shap", target=0, segments=labels, fill="segment", samples=None)
+    explain(box, x, "kernel_shap", target=0, segments=labels, fill="segment", n_samples=None)
     hidden = next(seen[0] for seen in box.seen if (seen[0] == shown[0]).all())
     assert hidden.shape == (3, 4, 4)
 
@@ -442,16 +442,16 @@ def test_black_boxes_side_by_side():
         ("occlusion", {"fill": math.nan}),
         ("occlusion", {"blur": 0}),
         ("occlusion", {"score": "loss"}),
-        ("rise", {"masks": 0}),
+        ("rise", {"n_samples": 0}),
         ("rise", {"grid": 0}),
         ("rise", {"p": 0.0}),
         ("rise", {"p": 1.5}),
         ("rise", {"center": 1}),
-        ("lime", {"samples": 0}),
+        ("lime", {"n_samples": 0}),
         ("lime", {"width": 0.0}),
         ("lime", {"ridge": -1.0}),
         ("lime", {"segments": 0}),
-        ("kernel_shap", {"samples": 1}),
+        ("kernel_shap", {"n_samples": 1}),
         ("kernel_shap", {"segments": False}),
         ("kernel_shap", {"fill": "segments"}),
     ],
@@ -493,7 +493,7 @@ def test_one_superpixel_alone_has_the_whole_difference():
     for method in ("kernel_shap", "lime"):
         options = {"segments": torch.zeros(8, 8).long(), "score": "logit", "fill": 0.0}
         more = {"ridge": 0.0} if method == "lime" else {}
-        values = explain(total, x, method, target=0, samples=20, **options, **more).values
+        values = explain(total, x, method, target=0, n_samples=20, **options, **more).values
         torch.testing.assert_close(values, (total(x) - total(0 * x))[:, :1, None, None].expand(2, 1, 8, 8))
 
 
@@ -537,7 +537,7 @@ def test_the_default_number_of_samples_of_kernel_shap(count):
     x = images(1, 1, 20, 20)
     segments = (torch.arange(400) * count // 400).view(20, 20)
     box = lambda batch: batch.flatten(1)[:, ::7].cumsum(1).tanh().sum(1, keepdim=True)  # noqa: E731
-    both = ({}, {"samples": 2 * count + 2048})
+    both = ({}, {"n_samples": 2 * count + 2048})
     default, told = (
         attrbox.explain(box, x, "kernel_shap", segments=segments, progress=False, **options) for options in both
     )

@@ -77,7 +77,7 @@ def test_two_baselines_are_two_references():
 
 def test_the_smoothgrad_family_shares_its_samples():
     model = Counting(relu_net())
-    family = [(name, {"samples": 6}) for name in ("smoothgrad", "squared_smoothgrad", "vargrad")]
+    family = [(name, {"n_samples": 6}) for name in ("smoothgrad", "squared_smoothgrad", "vargrad")]
     result = compare(model, family)
     assert sum(model.batches) == 4 + 6 * 4  # the targets, then the noise once
     mean, square, variance = (result[name].values for name, _ in family)

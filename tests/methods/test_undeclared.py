@@ -68,7 +68,7 @@ def asked(request: pytest.FixtureRequest) -> Iterator[str]:
 def test_declared_or_not_alone_or_beside_others(asked: str, size: int | None) -> None:
     model = squeeze_excitation_net()
     options = {"target": [0, 1, 2], "batch_size": size, "progress": False}
-    brief = {"occlusion": {"window": 4, "stride": 4}, "vargrad": {"samples": 3}}
+    brief = {"occlusion": {"window": 4, "stride": 4}, "vargrad": {"n_samples": 3}}
     wanted = attrbox.explain(model, X, "declared", **options)
     assert wanted.values.abs().sum() > 0
     for others in NEIGHBORS:

@@ -35,7 +35,9 @@ def model() -> nn.Module:
 
 @pytest.fixture
 def maps(model):
-    return attrbox.compare(model, X, ["saliency", ("smoothgrad", {"samples": 2})], target=[0, 1, 2, 1], progress=False)
+    return attrbox.compare(
+        model, X, ["saliency", ("smoothgrad", {"n_samples": 2})], target=[0, 1, 2, 1], progress=False
+    )
 
 
 def evaluate(model, x, maps, *metrics, **options):
@@ -262,7 +264,7 @@ def test_a_target_function_must_be_given_again(model):
     result = attrbox.compare(model, X, ["saliency"], target=target, progress=False)
     with pytest.raises(InputError, match="target=function"):
         evaluate(model, X, result, "morf")
-    scores = evaluate(model, X, result, "morf", ("sensitivity_max", {"draws": 1, "radius": 1e-9}), target=target)
+    scores = evaluate(model, X, result, "morf", ("sensitivity_max", {"n_samples": 1, "radius": 1e-9}), target=target)
     torch.testing.assert_close(scores["saliency"]["morf"].curves[:, 0], target(model(X)).detach())
     assert scores["saliency"]["sensitivity_max"].values.max() < 1e-5
 

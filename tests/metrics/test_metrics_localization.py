@@ -81,7 +81,7 @@ def test_smoothing_moves_the_point_to_the_broader_peak():
     maps, mask = one_at(5, 5), one_at(30, 30)
     maps[0, 28:33, 28:33] = 0.9
     sharp, smooth = (
-        measure(maps, mask, ("pointing_game", {"sigma": sigma, "tolerance": 2}))["pointing_game"].values.item()
+        measure(maps, mask, ("pointing_game", {"sigma_fraction": sigma, "tolerance": 2}))["pointing_game"].values.item()
         for sigma in (0, 0.05)
     )
     assert (sharp, smooth) == (0, 1)
@@ -281,7 +281,7 @@ def test_masks_that_do_not_fit(masks, message):
 
 
 def test_options_out_of_range():
-    for options in ({"tolerance": 0}, {"sigma": 1}, {"per_class": 2}):
+    for options in ({"tolerance": 0}, {"sigma_fraction": 1}, {"per_class": 2}):
         with pytest.raises(OptionError, match=next(iter(options))):
             measure(torch.ones(2, 8, 8), torch.ones(2, 8, 8), ("pointing_game", options))
     with pytest.raises(InputError, match=r"images \[N, C, H, W\]"):

@@ -26,7 +26,7 @@ BASELINES = {
     "with an axis": images(1, 3, 8, 8, seed=5),
     "one each": images(3, 3, 8, 8, seed=6),
 }
-TINY_CHANGE = ("sensitivity_max", {"radius": 1e-9, "draws": 1})
+TINY_CHANGE = ("sensitivity_max", {"radius": 1e-9, "n_samples": 1})
 
 
 @pytest.fixture(params=["comparison", "mapping", "file", "raw file", "merged", "an image at a time"])
@@ -166,7 +166,7 @@ def test_pixels_are_removed_to_the_maps_own_baseline(as_source, name):
         methods.append(("occlusion", {"window": 1, "stride": 1, "fill": baseline}))
     model = linear_model(W)
     result = compared(model, [*methods, "gradient_x_input"], x, 0)
-    metrics = [("infidelity", {"scale": False}), ("sensitivity_n", {"subsets": 20, "shares": (0.2, 0.6)})]
+    metrics = [("infidelity", {"scale": False}), ("sensitivity_n", {"n_samples": 20, "fractions": (0.2, 0.6)})]
     scores = measure(model, x, as_source(result), *metrics)
     for label in result:  # input x gradient has no baseline: zero
         assert scores[label]["infidelity"].values.max() < 1e-20, label
@@ -198,7 +198,7 @@ def test_methods_of_one_baseline_share_their_passes():
     x = images(3, 1, 5, 5)
     result = compared(Counts().eval(), ["saliency", "gradient_x_input", ("deeplift", {"baseline": 0.5})], x, 0)
     shown.clear()
-    measure(Counts().eval(), x, result, ("infidelity", {"draws": 7}), batch_size=64)
+    measure(Counts().eval(), x, result, ("infidelity", {"n_samples": 7}), batch_size=64)
     assert sum(shown) == 3 + 2 * 7 * 3  # the images, and two baselines for the three methods and two controls
 
 
@@ -208,7 +208,7 @@ def test_methods_of_one_baseline_share_their_passes():
 @pytest.mark.parametrize("seed", [5, [4, 5, 6]])
 def test_seeds_are_those_of_the_maps(as_source, seed):
     model = relu_net()
-    result = compared(model, [("smoothgrad", {"samples": 2}), ("rise", {"masks": 4, "grid": 3})], seed=seed)
+    result = compared(model, [("smoothgrad", {"n_samples": 2}), ("rise", {"n_samples": 4, "grid": 3})], seed=seed)
     scores = measure(model, X, as_source(result), TINY_CHANGE)
     for label in result:
         assert scores[label]["sensitivity_max"].values.max() < 1e-5, label
@@ -216,7 +216,7 @@ def test_seeds_are_those_of_the_maps(as_source, seed):
 
 def test_the_seed_of_one_method_is_known_too():
     model = relu_net()
-    maps = attrbox.explain(model, X, "smoothgrad", target=1, samples=2, seed=7, progress=False)
+    maps = attrbox.explain(model, X, "smoothgrad", target=1, n_samples=2, seed=7, progress=False)
     assert measure(model, X, {"m": maps}, TINY_CHANGE)["m"]["sensitivity_max"].values.max() < 1e-5
 
 
@@ -226,7 +226,9 @@ def test_the_precision_is_that_of_the_maps(as_source, precision):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 4)).eval()
     x = X.float()
     result = compared(model, ["gradient_x_input", "deeplift"], x, precision=precision)
-    scores = measure(model, x, as_source(result), ("sensitivity_max", {"radius": 1e-12, "draws": 1}), "completeness")
+    scores = measure(
+        model, x, as_source(result), ("sensitivity_max", {"radius": 1e-12, "n_samples": 1}), "completeness"
+    )
     for label in result:
         assert scores[label]["sensitivity_max"].values.max() < 1e-6, label
     gap = result["deeplift"].relative_gap
@@ -237,8 +239,8 @@ def test_the_precision_is_that_of_the_maps(as_source, precision):
 def test_options_that_are_tensors(as_source, name):
     model = relu_net()
     segments = torch.arange(3 * 64).view(3, 8, 8) // torch.tensor([7, 9, 16]).view(3, 1, 1)
-    methods = [("deeplift", {"baseline": BASELINES[name]}), ("lime", {"samples": 20, "segments": segments})]
-    result = compared(model, [*methods, ("lime", {"samples": 20, "segments": segments[0]})])
+    methods = [("deeplift", {"baseline": BASELINES[name]}), ("lime", {"n_samples": 20, "segments": segments})]
+    result = compared(model, [*methods, ("lime", {"n_samples": 20, "segments": segments[0]})])
     scores = measure(model, X, as_source(result), TINY_CHANGE)
     for label in result:
         assert scores[label]["sensitivity_max"].values.max() < 1e-5, label
@@ -261,14 +263,14 @@ def test_maps_of_another_model_are_not_compared_with_those_of_this_one():
 @pytest.mark.parametrize("channels", ["all", "one"])
 def test_files_of_export(tmp_path, channels):
     model, x = relu_net().float(), X.float()
-    methods = ["saliency", ("deeplift", {"baseline": BASELINES["shared"].float()}), ("smoothgrad", {"samples": 2})]
+    methods = ["saliency", ("deeplift", {"baseline": BASELINES["shared"].float()}), ("smoothgrad", {"n_samples": 2})]
     options = {"channels": channels, "seed": 5, "batch_size": 2, "target": 1}
     export(tmp_path / "maps.h5", x, methods, model, **options)
     paths = [tmp_path / "maps.h5", *attrbox.split(tmp_path / "maps.h5", 2)]
     paths.append(attrbox.merge(paths[1:], tmp_path / "again.h5"))
     for path, rows in zip(paths, (slice(0, 3), slice(0, 2), slice(2, 3), slice(0, 3)), strict=True):
         with attrbox.open_maps(path) as maps:
-            metrics = ["completeness", ("sensitivity_max", {"radius": 1e-12, "draws": 1}), "infidelity"]
+            metrics = ["completeness", ("sensitivity_max", {"radius": 1e-12, "n_samples": 1}), "infidelity"]
             metrics.append(("cascading_randomization", {"steps": 2}))
             scores = measure(model, x[rows], maps, *metrics)
         assert scores["deeplift"]["completeness"].values.max() < 1e-4
@@ -291,10 +293,10 @@ def test_the_command_knows_seeds_and_baselines(tmp_path):
         noise = np.random.default_rng(row).integers(0, 256, (16, 16, 3), np.uint8)
         Image.fromarray(noise).save(folder / f"{row}.png")
     path = tmp_path / "maps.h5"
-    methods = "deeplift:baseline=0.5,smoothgrad:samples=3,saliency"
+    methods = "deeplift:baseline=0.5,smoothgrad:n_samples=3,saliency"
     done = run("export", folder, "--model", TINY, "-m", methods, "--seed", "7", "--out", path)
     assert done.exit_code == 0, done.output
-    metrics = "completeness,sensitivity_max:radius=1e-12,draws=1"
+    metrics = "completeness,sensitivity_max:radius=1e-12,n_samples=1"
     done = run("evaluate", path, "--trust", "--metrics", metrics, "--json")
     assert done.exit_code == 0, done.output
     means = {(row["method"], row["metric"]): row["mean"] for row in json.loads(done.output)["scores"]}

@@ -36,7 +36,7 @@ def test_the_interval_of_normal_numbers_is_that_of_theory():
 def test_the_interval_covers_the_mean_as_often_as_it_says():
     hits = 0
     for seed in range(200):
-        low, high = bootstrap_interval(normal(60, seed), seed=seed, resamples=500)
+        low, high = bootstrap_interval(normal(60, seed), seed=seed, n_samples=500)
         hits += low <= 0 <= high
     assert 0.90 <= hits / 200 <= 0.98
 
@@ -183,7 +183,7 @@ def test_chunks_are_joined():
         Measurement(
             values=torch.tensor([first]),
             curves=torch.tensor([[first, 2.0]]),
-            positions=torch.tensor([0.0, 1.0]),
+            fractions=torch.tensor([0.0, 1.0]),
             groups=torch.tensor([3]),
             details={"d": torch.tensor([first + 4])},
         )

@@ -210,14 +210,14 @@ def test_refusals():
         ("label_randomization", {"other": 3}),
         ("label_randomization", {}),
         ("sensitivity_max", {"radius": 0}),
-        ("sensitivity_max", {"draws": 0}),
+        ("sensitivity_max", {"n_samples": 0}),
         ("infidelity", {"perturbation": "holes"}),
-        ("infidelity", {"deviation": 0}),
-        ("infidelity", {"largest": 0}),
-        ("infidelity", {"draws": 0}),
+        ("infidelity", {"std": 0}),
+        ("infidelity", {"max_side": 0}),
+        ("infidelity", {"n_samples": 0}),
         ("infidelity", {"scale": 1}),
-        ("sensitivity_n", {"shares": (0.5, 1.0)}),
-        ("sensitivity_n", {"subsets": 1}),
+        ("sensitivity_n", {"fractions": (0.5, 1.0)}),
+        ("sensitivity_n", {"n_samples": 1}),
         ("completeness", {"baseline": float("nan")}),
     ):
         with pytest.raises(OptionError, match=next(iter(options), "other")):
@@ -250,16 +250,16 @@ def test_the_gradient_of_a_linear_model_is_not_sensitive():
     x = images(2, 1, 5, 5)
     model = linear_model(W)
     result = attrbox.compare(model, x, ["saliency", "gradient_x_input"], target=0, progress=False)
-    scores = measure(model, x, result, ("sensitivity_max", {"radius": 0.1, "draws": 4}))
+    scores = measure(model, x, result, ("sensitivity_max", {"radius": 0.1, "n_samples": 4}))
     assert scores["saliency"]["sensitivity_max"].values.tolist() == [0, 0]
     values = scores["gradient_x_input"]["sensitivity_max"].values
     # A change of at most .1 everywhere, in all draws; and no less than a random one would give.
     bound = 0.1 * W.norm() / (W * x[:, 0]).flatten(1).norm(dim=1)
     assert (values <= bound).all()
     assert (values > 0.3 * bound).all()
-    wider = measure(model, x, result, ("sensitivity_max", {"radius": 0.2, "draws": 4}))
+    wider = measure(model, x, result, ("sensitivity_max", {"radius": 0.2, "n_samples": 4}))
     torch.testing.assert_close(wider["gradient_x_input"]["sensitivity_max"].values, 2 * values)
-    more = measure(model, x, result, ("sensitivity_max", {"radius": 0.1, "draws": 12}))
+    more = measure(model, x, result, ("sensitivity_max", {"radius": 0.1, "n_samples": 12}))
     assert (more["gradient_x_input"]["sensitivity_max"].values > values).any()
     nothing = measure(model, x, {"m": torch.zeros(2, 5, 5)}, "sensitivity_max", explainers={"m": "saliency"}, target=0)
     assert nothing["m"]["sensitivity_max"].left_out.all()
@@ -272,7 +272,7 @@ def test_the_noise_is_uniform_on_both_sides():
         seen.append(x - X)
         return x.sum(1)
 
-    metric = ("sensitivity_max", {"radius": 0.1, "draws": 20})
+    metric = ("sensitivity_max", {"radius": 0.1, "n_samples": 20})
     measure(relu_net(), X, {"m": X.sum(1)}, metric, explainers={"m": looks}, target=1, controls=False)
     noise = torch.stack(seen)
     assert noise.abs().max() <= 0.1
@@ -282,10 +282,10 @@ def test_the_noise_is_uniform_on_both_sides():
 
 def test_methods_that_draw_are_asked_with_the_seed_of_the_maps():
     model = relu_net()
-    result = attrbox.compare(model, X, [("smoothgrad", {"samples": 2})], target=1, seed=[4, 5, 6], progress=False)
-    tiny = ("sensitivity_max", {"radius": 1e-9, "draws": 1})
+    result = attrbox.compare(model, X, [("smoothgrad", {"n_samples": 2})], target=1, seed=[4, 5, 6], progress=False)
+    tiny = ("sensitivity_max", {"radius": 1e-9, "n_samples": 1})
     assert (measure(model, X, result, tiny)["smoothgrad"]["sensitivity_max"].values < 1e-4).all()
-    explainers = {"smoothgrad": ("smoothgrad", {"samples": 2})}  # of seed 0
+    explainers = {"smoothgrad": ("smoothgrad", {"n_samples": 2})}  # of seed 0
     other = measure(model, X, {"smoothgrad": result["smoothgrad"].values}, tiny, explainers=explainers, target=1)
     assert (other["smoothgrad"]["sensitivity_max"].values > 1e-2).all()
 
@@ -296,7 +296,7 @@ def test_methods_that_draw_are_asked_with_the_seed_of_the_maps():
 def test_infidelity_closed_forms():
     x, model = images(2, 1, 5, 5), linear_model(W)
     maps = {"w": W.expand(2, -1, -1), "zero": torch.zeros(2, 5, 5), "twice": -2 * W.expand(2, -1, -1)}
-    gaussian = {"perturbation": "gaussian", "deviation": 0.3, "draws": 3000}
+    gaussian = {"perturbation": "gaussian", "std": 0.3, "n_samples": 3000}
     scaled, plain = (
         measure(model, x, maps, ("infidelity", gaussian | {"scale": scale}), target=0) for scale in (True, False)
     )
@@ -327,7 +327,7 @@ def test_squares_have_every_size_and_place():
     study = Study(images=torch.zeros(1, 1, 6, 4), maps={}, rows=slice(0, 1), seeds=(3,), target=Target(0, 1))
     seen = set()
     for draw in range(800):
-        rows, columns = Infidelity(largest=3).weights(study, draw)[0].nonzero().T
+        rows, columns = Infidelity(max_side=3).weights(study, draw)[0].nonzero().T
         side = int(rows.max() - rows.min()) + 1
         assert len(rows) == side**2 == (int(columns.max() - columns.min()) + 1) ** 2
         seen.add((side, int(rows.min()), int(columns.min())))
@@ -338,7 +338,7 @@ def test_sensitivity_n_of_the_contributions_to_a_linear_model_is_one():
     x, model = images(2, 1, 5, 5), linear_model(W)
     exact = W * x[:, 0]
     maps = {"exact": exact, "negated": -exact, "flat": torch.ones(2, 5, 5), "noise": images(2, 5, 5, seed=3)}
-    metric = ("sensitivity_n", {"shares": (0.04, 0.4, 0.8), "subsets": 40})
+    metric = ("sensitivity_n", {"fractions": (0.04, 0.4, 0.8), "n_samples": 40})
     scores = measure(model, x, maps, metric, target=0)
     torch.testing.assert_close(scores["exact"]["sensitivity_n"].curves, torch.ones(2, 3, dtype=torch.float64))
     torch.testing.assert_close(scores["negated"]["sensitivity_n"].values, -torch.ones(2, dtype=torch.float64))
@@ -356,7 +356,7 @@ def test_the_sets_of_sensitivity_n_have_n_pixels():
             sizes.extend((x == 0).flatten(1).sum(1).tolist())
             return x.flatten(1).sum(1, keepdim=True)
 
-    metric = ("sensitivity_n", {"shares": (0.04, 0.4, 0.8), "subsets": 3})
+    metric = ("sensitivity_n", {"fractions": (0.04, 0.4, 0.8), "n_samples": 3})
     measure(Counts().eval(), torch.ones(1, 1, 5, 5), {"m": images(1, 5, 5)}, metric, target=0)
     assert sorted(filter(None, sizes)) == [*[1] * 3, *[10] * 3, *[20] * 3]
 
@@ -384,7 +384,7 @@ def test_perturbations_of_an_image_are_its_own():
     for metric in (
         "infidelity",
         ("infidelity", {"perturbation": "gaussian"}),
-        ("sensitivity_n", {"subsets": 5, "shares": (0.5,)}),
+        ("sensitivity_n", {"n_samples": 5, "fractions": (0.5,)}),
     ):
         whole = measure(model, X, maps, metric, target=1, seed=[7, 8, 9])["m"]
         alone = measure(model, X[1:2], {"m": maps["m"][1:2]}, metric, target=1, seed=[8])["m"]

@@ -151,7 +151,7 @@ def test_methods_for_programs() -> None:
     listed = json.loads(run("methods", "--json").output)
     assert [method["name"] for method in listed] == attrbox.list_methods()
     one = json.loads(run("methods", "smoothgrad", "--json").output)
-    assert {key: one["options"][0][key] for key in ("name", "default")} == {"name": "samples", "default": 50}
+    assert {key: one["options"][0][key] for key in ("name", "default")} == {"name": "n_samples", "default": 50}
 
 
 # ------------------------------------------------------------------------------------------------------------- errors

@@ -110,7 +110,7 @@ def test_evaluate_and_report(pictures: Path, exported: Path, tmp_path: Path) -> 
     assert "sparseness" in done.output
     assert "4 samples measured" in done.output
     assert (tmp_path / "scores.csv").read_text().count("\n") == 9
-    some = run("evaluate", exported, "--trust", "--metrics", "complexity", "--samples", "2", "--json")
+    some = run("evaluate", exported, "--trust", "--metrics", "complexity", "--n-samples", "2", "--json")
     record = json.loads(some.output)
     assert record["samples"] == 2
     assert {row["metric"] for row in record["scores"]} == {"complexity"}

@@ -143,5 +143,5 @@ def test_what_cannot_be_reported_is_told(tmp_path):
 def test_a_file_without_photographs_or_scores_is_reported_too(tmp_path):
     result = attrbox.compare(net(), pictures(3), ["saliency", "deeplift"], target=attrbox.top(2))
     result.to_hdf5(tmp_path / "maps.h5")
-    text = write_report(tmp_path / "maps.h5", tmp_path / "page.html", samples=2, side=8).read_text()
+    text = write_report(tmp_path / "maps.h5", tmp_path / "page.html", n_samples=2, side=8).read_text()
     assert text.count("data:image/png") == 4

@@ -72,7 +72,7 @@ def test_torchrun(tmp_path):
         "--model",
         TINY,
         "-m",
-        "saliency,smoothgrad:samples=3",
+        "saliency,smoothgrad:n_samples=3",
         "--batch-size",
         "2",
         "--out",

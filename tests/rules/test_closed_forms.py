@@ -386,7 +386,7 @@ def test_the_smoothgrad_family_on_a_sum_of_squares():
     result = attrbox.compare(
         Formula(squares),
         x,
-        [(name, {"samples": 500, "noise": 0.5}) for name in ("smoothgrad", "squared_smoothgrad", "vargrad")],
+        [(name, {"n_samples": 500, "noise_fraction": 0.5}) for name in ("smoothgrad", "squared_smoothgrad", "vargrad")],
         target=0,
     )
     means = {name: maps.values.view(200, 2).mean(0) for name, maps in result.items()}
@@ -400,29 +400,31 @@ def test_the_smoothgrad_family_on_a_sum_of_squares():
 def test_the_noise_scales_with_the_range_of_each_image():
     # Var g = 4 (noise * range)^2 v, v the sample variance of the same standard normal numbers in every case.
     x = tensor([[1.0, 0.0, 0.5], [10.0, 0.0, 5.0], [7.0, 7.0, 7.0]])
-    first, second, constant = values(squares, x, "vargrad", noise=0.1)
+    first, second, constant = values(squares, x, "vargrad", noise_fraction=0.1)
     close(second, 100 * first, rtol=1e-8)
     close(constant, 0.0, atol=1e-20)
-    close(values(squares, x, "vargrad", noise=0.3)[0], 9 * first, rtol=1e-8)
+    close(values(squares, x, "vargrad", noise_fraction=0.3)[0], 9 * first, rtol=1e-8)
     close(values(squares, x, "smoothgrad")[2], 14.0)  # no range, no noise: the gradient
 
 
 def test_vargrad_divides_by_the_number_of_samples():
     # One sample has no variance; of two, the variance is (g1 - g2)^2 / 4, the mean (g1 + g2) / 2 and g1 the one sample.
     x = tensor([[1.0, 0.0]])
-    close(values(squares, x, "vargrad", samples=1), 0.0)
-    g1 = values(squares, x, "smoothgrad", samples=1)
-    g2 = 2 * values(squares, x, "smoothgrad", samples=2) - g1
-    close(values(squares, x, "vargrad", samples=2), (g1 - g2) ** 2 / 4)
-    close(values(squares, x, "squared_smoothgrad", samples=2), (g1**2 + g2**2) / 2)
+    close(values(squares, x, "vargrad", n_samples=1), 0.0)
+    g1 = values(squares, x, "smoothgrad", n_samples=1)
+    g2 = 2 * values(squares, x, "smoothgrad", n_samples=2) - g1
+    close(values(squares, x, "vargrad", n_samples=2), (g1 - g2) ** 2 / 4)
+    close(values(squares, x, "squared_smoothgrad", n_samples=2), (g1**2 + g2**2) / 2)
 
 
 def test_without_noise_smoothgrad_is_the_gradient():
     model, x = relu_net(), images(2, 3, 8, 8)
     gradient = attrbox.explain(model, x, "saliency", absolute=False, target=1).values
-    close(attrbox.explain(model, x, "smoothgrad", noise=0.0, samples=3, target=1).values, gradient)
-    close(attrbox.explain(model, x, "squared_smoothgrad", noise=0.0, samples=3, target=1).values, gradient**2)
-    close(attrbox.explain(model, x, "vargrad", noise=0.0, samples=3, target=1).values, 0.0, atol=1e-25)
+    close(attrbox.explain(model, x, "smoothgrad", noise_fraction=0.0, n_samples=3, target=1).values, gradient)
+    close(
+        attrbox.explain(model, x, "squared_smoothgrad", noise_fraction=0.0, n_samples=3, target=1).values, gradient**2
+    )
+    close(attrbox.explain(model, x, "vargrad", noise_fraction=0.0, n_samples=3, target=1).values, 0.0, atol=1e-25)
 
 
 # ------------------------------------------------------------------------------------------------------ 12. Grad-CAM

@@ -178,7 +178,7 @@ def test_smoothgrad_without_noise_is_captums(case):
     tunnel = captum.NoiseTunnel(captum.Saliency(model))
     for nt_type, method in (("smoothgrad", "smoothgrad"), ("smoothgrad_sq", "squared_smoothgrad")):
         expected = by_captum(tunnel, x, nt_type=nt_type, nt_samples=2, stdevs=0.0, abs=False)
-        same(ours(model, x, method, noise=0.0, samples=2), expected)
+        same(ours(model, x, method, noise_fraction=0.0, n_samples=2), expected)
 
 
 def test_the_smoothgrad_family_on_a_quadratic_is_captums():
@@ -198,7 +198,7 @@ def test_the_smoothgrad_family_on_a_quadratic_is_captums():
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             peer = by_captum(tunnel, x, nt_type=nt_type, nt_samples=200, stdevs=0.2, abs=False)
-        got = ours(model, x, method, noise=0.2, samples=200)
+        got = ours(model, x, method, noise_fraction=0.2, n_samples=200)
         torch.testing.assert_close(got.view(300, 2).mean(0), peer.view(300, 2).mean(0), rtol=0, atol=0.03)
 
 
@@ -229,7 +229,7 @@ def test_integrated_gradients_are_zennits(case):
 def test_smoothgrad_of_one_sample_is_zennits(case):
     model, x, _ = case
     attributor = attribution.SmoothGrad(model, n_iter=1)  # its last sample is free of noise
-    same(ours(model, x, "smoothgrad", noise=0.0, samples=1), by_zennit(attributor, x))
+    same(ours(model, x, "smoothgrad", noise_fraction=0.0, n_samples=1), by_zennit(attributor, x))
 
 
 @pytest.mark.parametrize("epsilon", [1e-4, 0.25])

@@ -350,12 +350,12 @@ TRANSFORMERS: dict[str, Callable[[], nn.Module]] = {
 # compared with those that a target function picks.
 FAST: dict[str, dict[str, object]] = (
     {"integrated_gradients": {"steps": 5}}
-    | {name: {"samples": 4} for name in ("smoothgrad", "squared_smoothgrad", "vargrad")}
+    | {name: {"n_samples": 4} for name in ("smoothgrad", "squared_smoothgrad", "vargrad")}
     | {name: {"iterations": 3} for name in ("learned", "learned_rank", "learned_clean")}
     | {"mask": {"iterations": 2, "step": 2, "score": "logit", "initial": "random"}}
-    | {"smask": {"iterations": 2, "step": 4, "sigma": 6.0, "areas": (0.1, 0.3), "levels": 3, "jitter": True}}
+    | {"smask": {"iterations": 2, "step": 4, "sigma": 6.0, "area_fractions": (0.1, 0.3), "levels": 3, "jitter": True}}
     | {"occlusion": {"window": 3, "stride": 3}}
-    | {"rise": {"masks": 6, "grid": 3, "score": "logit"}}
-    | {"lime": {"samples": 12, "segments": 2, "score": "logit"}}
-    | {"kernel_shap": {"samples": 16, "segments": 3}}
+    | {"rise": {"n_samples": 6, "grid": 3, "score": "logit"}}
+    | {"lime": {"n_samples": 12, "segments": 2, "score": "logit"}}
+    | {"kernel_shap": {"n_samples": 16, "segments": 3}}
 )

@@ -218,9 +218,9 @@ def test_superpixels_of_the_image():
     model = seeded(lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()))
     for name in ("lime", "kernel_shap"):
         with counted() as reads:
-            ours = attrbox.explain(moved(model), moved(x), name, samples=12, progress=False)
+            ours = attrbox.explain(moved(model), moved(x), name, n_samples=12, progress=False)
         assert reads.total() <= 5  # one more, for scikit-image
-        cpu = attrbox.explain(model, x, name, samples=12, progress=False)
+        cpu = attrbox.explain(model, x, name, n_samples=12, progress=False)
         assert_same(ours.values, cpu.values, rtol=1e-9, atol=1e-12)
         assert_same(ours.details["segments"], cpu.details["segments"])
 
@@ -240,7 +240,7 @@ def compared(on_device: bool) -> tuple[nn.Module, Tensor, attrbox.Comparison]:
     model, x = relu_net(), images(4, 3, 8, 8)
     if on_device:
         model, x = moved(model), moved(x)
-    names = ["saliency", ("smoothgrad", {"samples": 2})]
+    names = ["saliency", ("smoothgrad", {"n_samples": 2})]
     return model, x, attrbox.compare(model, x, names, target=[0, 1, 2, 1], progress=False)
 
 

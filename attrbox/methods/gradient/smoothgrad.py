@@ -4,7 +4,8 @@
     squared_smoothgrad    mean_k g_k^2
     vargrad               mean_k g_k^2 - (mean_k g_k)^2
 
-The noise is Gaussian with standard deviation `noise * (max - min)` of each image. The three share their passes.
+The noise is Gaussian, its standard deviation `noise_fraction * (max - min)` of each image. The three share their
+passes.
 """
 
 import math
@@ -20,17 +21,23 @@ from attrbox.methods.context.run import Moments, Run, noise_key
 
 @dataclass(frozen=True, kw_only=True)
 class _Noisy(Method):
-    samples: int = option(50, "noisy copies of each image")
-    noise: float = option(0.15, "standard deviation of the noise, as a share of the image's range (max - min)")
+    n_samples: int = option(50, "noisy copies of each image", formerly="samples")
+    noise_fraction: float = option(
+        0.15, "standard deviation of the noise, as a share of the image's range (max - min)", formerly="noise"
+    )
 
     def __post_init__(self) -> None:
-        check_count("samples", self.samples)
-        valid = isinstance(self.noise, int | float) and math.isfinite(self.noise) and self.noise >= 0
-        check(valid, "noise", "a number >= 0", self.noise)
+        check_count("n_samples", self.n_samples)
+        valid = (
+            isinstance(self.noise_fraction, int | float)
+            and math.isfinite(self.noise_fraction)
+            and self.noise_fraction >= 0
+        )
+        check(valid, "noise_fraction", "a number >= 0", self.noise_fraction)
 
     @property
     def passes(self) -> int:
-        return self.samples
+        return self.n_samples
 
 
 @register_method(
@@ -53,7 +60,7 @@ class SmoothGrad(_Noisy):
         check_flag("times_input", self.times_input)
 
     def attribute(self, run: Run) -> Tensor:
-        mean = run.noise_mean(self.samples, self.noise)
+        mean = run.noise_mean(self.n_samples, self.noise_fraction)
         values = mean * run.images.unsqueeze(1) if self.times_input else mean
         return values.abs() if self.absolute else values
 
@@ -62,10 +69,10 @@ class SmoothGrad(_Noisy):
 class _Squared(_Noisy):
     @property
     def asks(self) -> tuple[object, ...]:
-        return (noise_key(self.samples, self.noise),)
+        return (noise_key(self.n_samples, self.noise_fraction),)
 
     def moments(self, run: Run) -> Moments:
-        return run.noise_moments(self.samples, self.noise)
+        return run.noise_moments(self.n_samples, self.noise_fraction)
 
 
 @register_method(

@@ -138,7 +138,7 @@ def regions(run: Run, sigma: float) -> list[Tensor | None]:
     targets = range(run.scores.shape[1])
     if not sigma:
         return [None for _ in targets]
-    need_images(run.images, "A region (region > 0)")
+    need_images(run.images, "A region (region_fraction > 0)")
     rule = DeepLift()
     with run.autocast_recorded():
         tape = record(run.model, in_channels_last(run.images), [rule])

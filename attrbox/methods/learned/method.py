@@ -17,7 +17,6 @@ With a region (preset clean), the map is A * S^2 where A and S agree in sign, an
 the same score through a Gaussian, the largest |S| of an image being 1. S says where, A says which pixels there.
 """
 
-import dataclasses
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attrbox.core.options import OptionInfo
+from attrbox.core.options import option_infos
 from attrbox.core.validation import check_choice
 from attrbox.errors import OptimisationWarning
 from attrbox.methods.base import Method, MethodSpec, method_registry
@@ -44,8 +43,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "fill": "random",
         "reference": False,
         "fraction": 0.2,
-        "sigma": 1 / 224,
-        "region": 12 / 224,
+        "sigma_fraction": 1 / 224,
+        "region_fraction": 12 / 224,
     },
 }
 
@@ -57,7 +56,7 @@ class Learned(Learning):
     def together(self, run: Run) -> Tensor:
         targets = range(run.scores.shape[1])
         with torch.enable_grad():
-            places = regions(run, self.region)
+            places = regions(run, self.region_fraction)
             found = [[learn(self, run, places[k], k, restart) for restart in range(self.restarts)] for k in targets]
         values = torch.stack([torch.stack([one.values for one in row]).mean(0) for row in found], 1)
         stopped = torch.stack([torch.stack([one.iterations for one in row]).amin(0) for row in found], 1)
@@ -107,8 +106,8 @@ def _kept(method: Learned, found: list[list[Learnt]]) -> LearnedRules:
             "kernel": method.kernel,
             "feature": method.feature,
             "reference": method.reference,
-            "sigma": method.generator.sigma,
-            "region": method.region,
+            "sigma": method.generator.sigma_fraction,
+            "region": method.region_fraction,
             "modules": method.modules,
         },
     )
@@ -124,14 +123,13 @@ def _build(default: str, **options: Any) -> Method:
 
 
 def _register(name: str, preset: str, summary: str, aliases: tuple[str, ...] = ()) -> None:
-    fields = dataclasses.fields(Learned)
     defaults = dict(PRESETS[preset]) | {"preset": preset}
-    infos = tuple(OptionInfo(f.name, defaults.get(f.name, f.default), str(f.metadata["help"])) for f in fields)
 
     def build(**options: Any) -> Method:
         return _build(preset, **options)
 
     reference = "Yang et al., ECCV 2020, arXiv 2010.07210"
+    infos = option_infos(Learned, defaults)
     method_registry.add(MethodSpec(name, build, summary, reference, infos, aliases, "sum", "score"))
 
 

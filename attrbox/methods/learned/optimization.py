@@ -54,14 +54,16 @@ class Learning(Propagating):
     sharpness: float = option(10.0, "s, slope of the sigmoid masks")
     center_positive: float = option(0.75, "c+, centre of the positive sigmoid mask on the scaled map (0.5 is zero)")
     center_negative: float = option(0.25, "c-, centre of the negative sigmoid mask")
-    sigma: float | None = option(
+    sigma_fraction: float | None = option(
         None,
         "standard deviation of a Gaussian over the map, as a share of the image's longer side; None: the mask's own",
+        formerly="sigma",
     )
-    region: float = option(
+    region_fraction: float = option(
         0.0,
         "weigh the map by the square of DeepLIFT's, smoothed, and drop what that contradicts; standard deviation of "
         "that Gaussian, as a share of the image's longer side; 0: do not",
+        formerly="region",
     )
     fraction: float = option(0.05, "largest share of pixels that a rank mask takes away")
     temperature: float = option(
@@ -89,9 +91,9 @@ class Learning(Propagating):
         check_number("center_positive", self.center_positive)
         check_number("center_negative", self.center_negative)
         check_number("fraction", self.fraction, above=0, most=1)
-        check_number("region", self.region, least=0, most=0.5)
-        if self.sigma is not None:
-            check_number("sigma", self.sigma, least=0, most=0.5)
+        check_number("region_fraction", self.region_fraction, least=0, most=0.5)
+        if self.sigma_fraction is not None:
+            check_number("sigma_fraction", self.sigma_fraction, least=0, most=0.5)
         check_choice("feature", self.feature, ("output", "input"))
         check_choice("initial", self.initial, ("normal", "ones"))
         check_choice("fill", self.fill, (*FILLS, "random"))
@@ -208,7 +210,7 @@ def learn(method: Learning, run: Run, region: Tensor | None, k: int, restart: in
         run.settings.progress(3 * n)
     for leaf in leaves:
         leaf.requires_grad_(False)
-    values = chained(run, tape, rule, reference, k, generator.sigma, region)
+    values = chained(run, tape, rule, reference, k, generator.sigma_fraction, region)
     names = {index: tape.sites[index].name for index in parameters}
     learnt = {names[index]: leaf.detach() for index, leaf in parameters.items()}
     return Learnt(values, losses, iterations, failed, learnt)

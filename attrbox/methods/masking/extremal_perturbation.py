@@ -40,19 +40,23 @@ from attrbox.methods.masking.optimization import Optimised, Problem, everyone
 class SMask(Optimised):
     """The masks of all areas, added up, or the one of the best area; see the module.
 
-    The best area is the smallest whose reward reaches the score s of the image up to `slack * |s|`; if none does, the
-    one with the largest reward.
+    The best area is the smallest whose reward reaches the score s of the image up to `slack_fraction * |s|`; if none
+    does, the one with the largest reward.
 
     Details: `masks` [n, K, A, 1, H, W], `areas` that they cover [n, K, A], `area_rewards` [n, K, A] of the final masks,
     `best` the index of the best area [n, K]; `loss` and `reward` [n, K, A, iterations], `iterations`, `failed`
     [n, K, A], `history` [n, K, A, S, h, w], the parameters along the way.
     """
 
-    areas: tuple[float, ...] = option((0.1,), "shares of the image that the masks cover, each in (0, 1)")
+    area_fractions: tuple[float, ...] = option(
+        (0.1,), "shares of the image that the masks cover, each in (0, 1)", formerly="areas"
+    )
     iterations: int = option(800, "steps of gradient ascent")
     variant: str = option("preserve", "game: preserve, delete or dual")
     combine: str = option("sum", "the map is the sum over the areas, or the mask of the best area: sum or best")
-    slack: float = option(0.1, "what the best area may lack of the image's score, as a share of it")
+    slack_fraction: float = option(
+        0.1, "what the best area may lack of the image's score, as a share of it", formerly="slack"
+    )
     perturbation: str = option("blur", "what is shown where the mask is 0: blur or fade (to zero)")
     levels: int = option(8, "levels of the pyramid")
     blur: float = option(20.0, "standard deviation of the most blurred level, in pixels")
@@ -63,14 +67,18 @@ class SMask(Optimised):
     weight: float = option(300.0, "weight of the area at the start")
     growth: float = option(1.0035, "factor of that weight per iteration")
     jitter: bool = option(True, "flip the images left to right at every other iteration")
-    smooth: float = option(0.0, "standard deviation of a Gaussian over the map, as a share of the shorter side")
+    smooth_fraction: float = option(
+        0.0, "standard deviation of a Gaussian over the map, as a share of the shorter side", formerly="smooth"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        areas = self.areas if isinstance(self.areas, Sequence) else (self.areas,)
+        areas = self.area_fractions if isinstance(self.area_fractions, Sequence) else (self.area_fractions,)
         inside = [isinstance(area, float) and 0 < area < 1 for area in areas]
-        check(bool(areas) and all(inside), "areas", "shares of the image, each > 0 and < 1", self.areas)
-        object.__setattr__(self, "areas", tuple(areas))
+        check(
+            bool(areas) and all(inside), "area_fractions", "shares of the image, each > 0 and < 1", self.area_fractions
+        )
+        object.__setattr__(self, "area_fractions", tuple(areas))
         check_choice("variant", self.variant, ("preserve", "delete", "dual"))
         check_choice("combine", self.combine, ("sum", "best"))
         check_choice("perturbation", self.perturbation, ("blur", "fade"))
@@ -78,14 +86,14 @@ class SMask(Optimised):
         check(self.levels >= 2, "levels", "at least 2", self.levels)
         for name in ("blur", "sigma", "lr", "growth"):
             check_number(name, getattr(self, name), above=0)
-        for name in ("weight", "smooth", "slack"):
+        for name in ("weight", "smooth_fraction", "slack_fraction"):
             check_number(name, getattr(self, name), least=0)
         check_number("momentum", self.momentum, least=0, most=1)
         check_flag("jitter", self.jitter)
 
     @property
     def passes(self) -> int:
-        return (self.iterations + 1) * len(self.areas) * (2 if self.variant == "dual" else 1)
+        return (self.iterations + 1) * len(self.area_fractions) * (2 if self.variant == "dual" else 1)
 
     @property
     def memory(self) -> float:
@@ -95,7 +103,7 @@ class SMask(Optimised):
         height, width = self.sides(run)
         problem = _Extremal(self, run)
         optimum = self.optimise(run, problem)
-        shape = (len(run.images), run.scores.shape[1], len(self.areas))
+        shape = (len(run.images), run.scores.shape[1], len(self.area_fractions))
         whole = problem.masks(optimum.parameters)
         masks = problem.generator.cropped(whole).reshape(*shape, 1, height, width)
         rewards = problem.rewards(whole).reshape(shape)
@@ -111,13 +119,13 @@ class SMask(Optimised):
             values = masks.sum(2)
         else:
             values = masks.take_along_dim(best[:, :, None, None, None, None], 2).squeeze(2)
-        return gaussian_blur(values, self.smooth * min(height, width), "zero")
+        return gaussian_blur(values, self.smooth_fraction * min(height, width), "zero")
 
     def best(self, rewards: Tensor, scores: Tensor) -> Tensor:
         """Index of the best area, [n, K], of rewards [n, K, A] and the images' scores [n, K]."""
-        goal = (0 if self.variant == "delete" else scores) - self.slack * scores.abs()
+        goal = (0 if self.variant == "delete" else scores) - self.slack_fraction * scores.abs()
         enough = rewards >= goal.unsqueeze(-1)
-        sizes = rewards.new_tensor(self.areas).expand(rewards.shape)
+        sizes = rewards.new_tensor(self.area_fractions).expand(rewards.shape)
         smallest = sizes.masked_fill(~enough, torch.inf).argmin(-1)
         return torch.where(enough.any(-1), smallest, rewards.argmax(-1))
 
@@ -128,7 +136,7 @@ class _Extremal(Problem):
     def __init__(self, method: SMask, run: Run) -> None:
         images = run.images
         self.method, self.run = method, run
-        self.targets, self.count = run.scores.shape[1], len(method.areas)
+        self.targets, self.count = run.scores.shape[1], len(method.area_fractions)
         self.generator = SmoothMax(images.shape[-2:], method.step, method.sigma, images)
         self.pyramid = Pyramid.of(images, method.perturbation, method.levels, method.blur)
         self.rows, self.columns = everyone(len(images), self.targets, self.count, images)
@@ -145,7 +153,7 @@ class _Extremal(Problem):
 
     def penalty(self, parameters: Tensor, masks: Tensor, step: int) -> Tensor:
         del parameters
-        return self.method.weight * self.method.growth**step * area_loss(masks, self.method.areas)
+        return self.method.weight * self.method.growth**step * area_loss(masks, self.method.area_fractions)
 
     def play(self, masks: Tensor, step: int) -> tuple[Tensor, Tensor]:
         reward, slope = self._reward(masks, self.method.jitter and step % 2 == 0, gradient=True)

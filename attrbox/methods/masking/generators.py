@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attrbox.core.fills import gaussian_blur
+from attrbox.core.options import option
 from attrbox.core.registry import Parts
 from attrbox.errors import InputError
 
@@ -34,7 +35,7 @@ class MaskGenerator(ABC):
     Attributes:
         sharpness: s, slope of the sigmoid.
         center_positive, center_negative: c+ and c-, where the masks are one half, on the scaled map (0.5 is zero).
-        sigma: standard deviation of the Gaussian over the map, as a share of its longer side.
+        sigma_fraction: standard deviation of the Gaussian over the map, as a share of its longer side.
         fraction: largest share of the pixels that a mask takes away.
         temperature: width of the sigmoid round a rank threshold, in gaps between the values at half and twice the rank.
 
@@ -44,7 +45,7 @@ class MaskGenerator(ABC):
     sharpness: float = 10.0
     center_positive: float = 0.75
     center_negative: float = 0.25
-    sigma: float = 0.0
+    sigma_fraction: float = option(0.0, "standard deviation, as a share of the longer side", formerly="sigma")
     fraction: float = 0.05
     temperature: float = 0.3
 
@@ -55,19 +56,19 @@ class MaskGenerator(ABC):
         """M+ and M- of the maps [n, ...]; `draw` [n] are numbers in [0, 1), drawn anew in each iteration."""
 
     def smoothed(self, map: Tensor) -> Tensor:
-        """The map convolved with the Gaussian; itself if `sigma` is 0.
+        """The map convolved with the Gaussian; itself if `sigma_fraction` is 0.
 
         Raises:
             InputError: the map has no height and width.
         """
-        if self.sigma == 0:
+        if self.sigma_fraction == 0:
             return map
         if map.dim() < 3:
             raise InputError(
-                f"Smoothing a map (sigma > 0) needs images [N, C, H, W], got maps of shape {list(map.shape)}. "
-                "Set sigma=0, or use another preset."
+                f"Smoothing a map (sigma_fraction > 0) needs images [N, C, H, W], got maps of shape {list(map.shape)}. "
+                "Set sigma_fraction=0, or use another preset."
             )
-        return gaussian_blur(map, self.sigma * max(map.shape[-2:]))
+        return gaussian_blur(map, self.sigma_fraction * max(map.shape[-2:]))
 
 
 masks: Parts[MaskGenerator] = Parts("mask generator", "attrbox.masks", MaskGenerator)  # type: ignore[type-abstract]
@@ -97,7 +98,7 @@ class SigmoidMask(MaskGenerator):
 class GaussianMask(SigmoidMask):
     """The sigmoid masks of the smoothed map g * A     (Yang et al. 2020, equation 6, before 4 and 5)."""
 
-    sigma: float = 2 / 224
+    sigma_fraction: float = 2 / 224
 
 
 @register_mask("rank")

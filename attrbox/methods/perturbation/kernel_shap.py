@@ -41,18 +41,20 @@ class KernelShap(Segmented):
     Details: `base`, the score of the fill [n, K]; `exact`, whether all z were taken [n, K]; `segments`.
     """
 
-    samples: int | None = option(None, "images with superpixels hidden; None: 2 per superpixel and 2048 more")
+    n_samples: int | None = option(
+        None, "images with superpixels hidden; None: 2 per superpixel and 2048 more", formerly="samples"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        valid = self.samples is None or (
-            isinstance(self.samples, int) and not isinstance(self.samples, bool) and self.samples >= 2
+        valid = self.n_samples is None or (
+            isinstance(self.n_samples, int) and not isinstance(self.n_samples, bool) and self.n_samples >= 2
         )
-        check(valid, "samples", "a whole number >= 2, or None", self.samples)
+        check(valid, "n_samples", "a whole number >= 2, or None", self.n_samples)
 
     @property
     def passes(self) -> int:
-        return self.samples or EXTRA
+        return self.n_samples or EXTRA
 
     def attribute(self, run: Run) -> Tensor:
         segments, counts = self.superpixels(run)
@@ -76,7 +78,7 @@ class KernelShap(Segmented):
 
     def _coalitions(self, run: Run, row: int, d: int) -> tuple[Tensor, Tensor]:
         """Some of the superpixels, [rows, d], and their weights, [rows]; neither none nor all of them."""
-        left = self.samples or 2 * d + EXTRA
+        left = self.n_samples or 2 * d + EXTRA
         weights = {size: (d - 1) / (size * (d - size)) for size in range(1, d)}  # of all sets of a size together
         shells, shell_weights = [], []
         size = 1

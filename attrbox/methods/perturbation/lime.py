@@ -35,26 +35,26 @@ class Lime(Segmented):
 
     published_unit: ClassVar[str] = "prob"
 
-    samples: int = option(1000, "images with superpixels hidden; the first is the whole image")
+    n_samples: int = option(1000, "images with superpixels hidden; the first is the whole image", formerly="samples")
     width: float = option(0.25, "width of the kernel over the cosine distance")
     ridge: float = option(1.0, "weight of the penalty on the coefficients")
     fill: Any = option("segment", "what a hidden pixel shows: segment (its mean colour), blur, median, mean, a number")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_count("samples", self.samples)
+        check_count("n_samples", self.n_samples)
         check_number("width", self.width, above=0)
         check_number("ridge", self.ridge, least=0)
 
     @property
     def passes(self) -> int:
-        return self.samples
+        return self.n_samples
 
     def attribute(self, run: Run) -> Tensor:
         segments, counts = self.superpixels(run)
         shown = []
         for row, count in enumerate(counts):
-            drawn = run.numbers_of(row, 0, (self.samples, count)) < 0.5
+            drawn = run.numbers_of(row, 0, (self.n_samples, count)) < 0.5
             drawn[0] = True
             shown.append(drawn)
         scores, *shown = exact(self.played(run, shown, segments, counts), *shown)

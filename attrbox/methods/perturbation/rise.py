@@ -43,21 +43,21 @@ class Rise(Perturbing):
 
     published_unit: ClassVar[str] = "prob"
 
-    masks: int = option(4000, "random masks for each image")
+    n_samples: int = option(4000, "random masks for each image", formerly="masks")
     grid: int = option(7, "cells of a mask along each axis")
     p: float = option(0.5, "probability of a cell to be shown")
     center: bool = option(False, "subtract the mean of the scores: a signed map with less noise; not as published")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_count("masks", self.masks)
+        check_count("n_samples", self.n_samples)
         check_count("grid", self.grid)
         check_number("p", self.p, above=0, most=1)
         check_flag("center", self.center)
 
     @property
     def passes(self) -> int:
-        return self.masks
+        return self.n_samples
 
     def attribute(self, run: Run) -> Tensor:
         sides = spatial(run.images)
@@ -68,8 +68,8 @@ class Rise(Perturbing):
             )
         axes = len(sides)
         # All of a sample's numbers at once, so that they do not depend on how the masks are grouped.
-        grids = run.numbers(_GRIDS, (self.masks, *(self.grid,) * axes), uniform=True) < self.p
-        shifts = run.numbers(_SHIFTS, (self.masks, axes), uniform=True)
+        grids = run.numbers(_GRIDS, (self.n_samples, *(self.grid,) * axes), uniform=True) < self.p
+        shifts = run.numbers(_SHIFTS, (self.n_samples, axes), uniform=True)
         stretch = [_windows(self.grid, side, run.images) for side in sides]
         channels = (1,) * (run.images.dim() - 1 - axes)
 
@@ -82,14 +82,14 @@ class Rise(Perturbing):
 
         total = run.images.new_zeros(*run.scores.shape, *channels, *sides)
         coverage, score = torch.zeros_like(total[:, 0]), torch.zeros_like(run.scores)
-        for _, shown, scores in run.masked(self.masks, masks, run.fill(self.fill, self.blur), self.unit(run)):
+        for _, shown, scores in run.masked(self.n_samples, masks, run.fill(self.fill, self.blur), self.unit(run)):
             shown = shown.expand(-1, len(run.images), *shown.shape[2:])
             total += torch.einsum("dnk,dn...->nk...", scores, shown)
             coverage += shown.sum(0)
             score += scores.sum(0)
         if self.center:
-            total -= torch.einsum("nk,n...->nk...", score / self.masks, coverage)
-        return total / (self.masks * self.p)
+            total -= torch.einsum("nk,n...->nk...", score / self.n_samples, coverage)
+        return total / (self.n_samples * self.p)
 
 
 def _windows(grid: int, side: int, like: Tensor) -> Tensor:

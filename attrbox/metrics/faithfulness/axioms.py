@@ -135,29 +135,29 @@ class Infidelity(Perturbing):
     """
 
     perturbation: str = option("square", "square (one of a random size at a random place) or gaussian (noise)")
-    draws: int = option(50, "perturbations per image")
-    largest: int = option(10, "squares have a side of 1 to so many pixels")
-    deviation: float = option(0.2, "standard deviation of the noise, in units of the images")
+    n_samples: int = option(50, "perturbations per image", formerly="draws")
+    max_side: int = option(10, "squares have a side of 1 to so many pixels", formerly="largest")
+    std: float = option(0.2, "standard deviation of the noise, in units of the images", formerly="deviation")
     scale: bool = option(True, "multiply the map by the optimal factor first")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("perturbation", self.perturbation, ("square", "gaussian"))
-        check_count("draws", self.draws)
-        check_count("largest", self.largest)
-        check(0 < self.deviation < float("inf"), "deviation", "a positive number", self.deviation)
+        check_count("n_samples", self.n_samples)
+        check_count("max_side", self.max_side)
+        check(0 < self.std < float("inf"), "std", "a positive number", self.std)
         check_flag("scale", self.scale)
 
     def count(self, study: Study) -> int:
-        return self.draws
+        return self.n_samples
 
     def weights(self, study: Study, draw: int) -> Tensor:
         if self.perturbation == "gaussian":
-            return self.deviation * study.numbers(_DRAWS + draw, study.shape)
+            return self.std * study.numbers(_DRAWS + draw, study.shape)
         numbers = study.numbers(_DRAWS + draw, (1 + len(study.shape),), uniform=True)
         inside = torch.ones((1,) * (1 + len(study.shape)), dtype=torch.bool, device=numbers.device)
         for axis, length in enumerate(study.shape):
-            most = min(self.largest, *study.shape)
+            most = min(self.max_side, *study.shape)
             side = 1 + (numbers[:, 0] * most).long().clamp_max(most - 1)
             start = (numbers[:, 1 + axis] * (length - side + 1)).long()
             place = torch.arange(length, device=numbers.device)
@@ -194,36 +194,38 @@ class Infidelity(Perturbing):
 class SensitivityN(Perturbing):
     """A curve over n; its value is the mean over those n at which both vary at all."""
 
-    shares: tuple[float, ...] = option((0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8), "n as shares of the pixels")
-    subsets: int = option(100, "random sets of pixels for each n")
+    fractions: tuple[float, ...] = option(
+        (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8), "n as shares of the pixels", formerly="shares"
+    )
+    n_samples: int = option(100, "random sets of pixels for each n", formerly="subsets")
 
     axis = "share of pixels in the set"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "shares", tuple(self.shares))
-        rising = all(a < b for a, b in zip((0.0, *self.shares), self.shares, strict=False))
-        valid = bool(self.shares) and rising and self.shares[-1] < 1
-        check(valid, "shares", "rising numbers between 0 and 1", self.shares)
-        check_count("subsets", self.subsets)
-        check(self.subsets > 1, "subsets", "at least 2, as one has no correlation", self.subsets)
+        object.__setattr__(self, "fractions", tuple(self.fractions))
+        rising = all(a < b for a, b in zip((0.0, *self.fractions), self.fractions, strict=False))
+        valid = bool(self.fractions) and rising and self.fractions[-1] < 1
+        check(valid, "fractions", "rising numbers between 0 and 1", self.fractions)
+        check_count("n_samples", self.n_samples)
+        check(self.n_samples > 1, "n_samples", "at least 2, as one has no correlation", self.n_samples)
 
     def count(self, study: Study) -> int:
-        return len(self.shares) * self.subsets
+        return len(self.fractions) * self.n_samples
 
     def weights(self, study: Study, draw: int) -> Tensor:
-        size = max(1, round(self.shares[draw // self.subsets] * study.pixels))
+        size = max(1, round(self.fractions[draw // self.n_samples] * study.pixels))
         chosen = study.permutations(_DRAWS + draw, study.pixels)[:, :size]
         weights = study.images.new_zeros(len(chosen), study.pixels).scatter_(1, chosen, 1.0)
         return weights.view(-1, *study.shape)
 
     def measure(self, study: Study, outputs: Sequence[Tensor]) -> Mapping[str, Measurement]:
-        sets = (len(study), len(self.shares), self.subsets)
+        sets = (len(study), len(self.fractions), self.n_samples)
         drops = self.drops(study, outputs).reshape(-1, *sets)
         curves = pearson(self.predicted(study).view(-1, *sets), drops).to(study.images.dtype)
-        positions = study.images.new_tensor(self.shares)
+        fractions = study.images.new_tensor(self.fractions)
         return {
-            label: Measurement(curves[index].nanmean(-1), curves[index], positions, note=self.note(study, maps))
+            label: Measurement(curves[index].nanmean(-1), curves[index], fractions, note=self.note(study, maps))
             for index, (label, maps) in enumerate(study.maps.items())
         }
 

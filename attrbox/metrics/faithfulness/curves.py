@@ -54,8 +54,8 @@ class RankCurve(Metric):
             raise OptionError("A logarithm of a probability has no ratio. Set relative=False with score='log_prob'.")
 
     @abstractmethod
-    def shares(self) -> list[float]:
-        """The shares of pixels at which the curve is measured, from 0 up."""
+    def axis_fractions(self) -> list[float]:
+        """The fractions of pixels at which the curve is measured, from 0 up."""
 
     @abstractmethod
     def filling(self, study: Study) -> Tensor:
@@ -67,15 +67,15 @@ class RankCurve(Metric):
         return torch.where(taken, fill, images)
 
     def counts(self, cells: int) -> list[int]:
-        """The same as numbers of cells, each once: small images have fewer than `shares`.
+        """The same as numbers of cells, each once: small images have fewer than `axis_fractions`.
 
         Raises:
             OptionError: the range is less than one cell.
         """
-        counts = sorted({round(share * cells) for share in self.shares()})
+        counts = sorted({round(share * cells) for share in self.axis_fractions()})
         if counts[-1] == 0:
             raise OptionError(
-                f"A share of {self.shares()[-1]:g} is less than one of {cells} pixels or regions. Raise it."
+                f"A share of {self.axis_fractions()[-1]:g} is less than one of {cells} pixels or regions. Raise it."
             )
         return counts
 
@@ -137,9 +137,9 @@ class RankCurve(Metric):
         curves = torch.stack(columns, -1)
         if self.relative:
             curves = curves / torch.where(original > 0, original, torch.nan)[:, None]
-        positions = torch.tensor(counts, dtype=curves.dtype, device=curves.device) / cells
-        area = torch.trapezoid(curves, positions, dim=-1) / (positions[-1] - positions[0])
-        return {label: Measurement(area[index], curves[index], positions) for index, label in enumerate(study.maps)}
+        fractions = torch.tensor(counts, dtype=curves.dtype, device=curves.device) / cells
+        area = torch.trapezoid(curves, fractions, dim=-1) / (fractions[-1] - fractions[0])
+        return {label: Measurement(area[index], curves[index], fractions) for index, label in enumerate(study.maps)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +159,7 @@ class Curve(RankCurve):
         valid = self.sigma is None or 0 < self.sigma < float("inf")
         check(valid, "sigma", "a positive number of pixels, or None", self.sigma)
 
-    def shares(self) -> list[float]:
+    def axis_fractions(self) -> list[float]:
         return [self.fraction * step / self.steps for step in range(self.steps + 1)]
 
     def filling(self, study: Study) -> Tensor:

@@ -108,7 +108,7 @@ class Road(RankCurve):
         check(bool(self.fractions) and rising, "fractions", "rising numbers between 0 and 1", self.fractions)
         check(0 <= self.noise < float("inf"), "noise", "a number >= 0", self.noise)
 
-    def shares(self) -> list[float]:
+    def axis_fractions(self) -> list[float]:
         return [0.0, *self.fractions]
 
     def filling(self, study: Study) -> Tensor:

@@ -92,16 +92,23 @@ class PointingGame(Localization):
     """
 
     tolerance: float = option(15.0, "distance in pixels of the mask that is just too far")
-    sigma: float = option(0.0, "smooth maps by a Gaussian of this share of their longer side first")
+    sigma_fraction: float = option(
+        0.0, "smooth maps by a Gaussian of this share of their longer side first", formerly="sigma"
+    )
     per_class: bool = option(True, "mean over the classes of their means, instead of over samples")
 
     def __post_init__(self) -> None:
         check(0 < self.tolerance < float("inf"), "tolerance", "a positive number of pixels", self.tolerance)
-        check(0 <= self.sigma < 1, "sigma", "a share of the longer side, from 0 to below 1", self.sigma)
+        check(
+            0 <= self.sigma_fraction < 1,
+            "sigma_fraction",
+            "a share of the longer side, from 0 to below 1",
+            self.sigma_fraction,
+        )
         check_flag("per_class", self.per_class)
 
     def score(self, heatmap: Tensor, mask: Tensor, number: float) -> float:
-        heatmap = gaussian_blur(heatmap, self.sigma * max(heatmap.shape))
+        heatmap = gaussian_blur(heatmap, self.sigma_fraction * max(heatmap.shape))
         places = (heatmap == heatmap.max()).nonzero()
         place = places[int(number * len(places))]
         distances = (mask.nonzero() - place).square().sum(1)

@@ -94,10 +94,10 @@ class ParameterRandomization(Randomization):
         ):
             shares.append(share)
             stages.append(self.alike(study, study.explain(model, study.images)))
-        positions = study.images.new_tensor(shares)
+        fractions = study.images.new_tensor(shares)
         return {
             label: Measurement(
-                curves[self.similarity][:, 1:].mean(1), curves[self.similarity], positions, details=curves
+                curves[self.similarity][:, 1:].mean(1), curves[self.similarity], fractions, details=curves
             )
             for label, curves in self.compared(study, stages).items()
         }

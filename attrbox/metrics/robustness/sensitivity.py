@@ -28,18 +28,18 @@ class SensitivityMax(Metric):
     """
 
     radius: float = option(0.02, "largest change of each number of the image")
-    draws: int = option(10, "noisy images")
+    n_samples: int = option(10, "noisy images", formerly="draws")
 
     needs = frozenset({"model", "methods"})
 
     def __post_init__(self) -> None:
         check(0 < self.radius < float("inf"), "radius", "a positive number", self.radius)
-        check_count("draws", self.draws)
+        check_count("n_samples", self.n_samples)
 
     def measure(self, study: Study, outputs: Sequence[Tensor]) -> Mapping[str, Measurement]:
         assert study.model is not None
         largest = {label: study.images.new_zeros(len(study)) for label in study.maps}
-        for draw in range(self.draws):
+        for draw in range(self.n_samples):
             noise = self.radius * (2 * study.numbers(_DRAWS + draw, study.images.shape[1:], uniform=True) - 1)
             for label, maps in study.explain(study.model, study.images + noise).items():
                 change = _norm(maps.values - study.maps[label].values)

@@ -20,7 +20,7 @@ def evaluate(
     model: Annotated[str | None, typer.Option(help="Another model than the one that was explained.")] = None,
     weights: Annotated[str | None, typer.Option(help="Its weights.")] = None,
     data: Annotated[Path | None, typer.Option(help="Where the images are now.")] = None,
-    samples: Annotated[int | None, typer.Option(min=1, help="Measure the first of them only.")] = None,
+    n_samples: Annotated[int | None, typer.Option(min=1, help="Measure the first of them only.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps, ...")] = None,
     batch_size: BatchSize = None,
     sets: SetOption = [],  # noqa: B006
@@ -33,7 +33,7 @@ def evaluate(
     Model and images are those that the file's config names. Samples without a map of each method are left out. Exit
     status 2 if nothing could be measured.
 
-    Examples: `attrbox evaluate maps.h5`, `attrbox evaluate maps.h5 --metrics morf:fill=blur,sparseness --samples 200`
+    Examples: `attrbox evaluate maps.h5`, `attrbox evaluate maps.h5 --metrics morf:fill=blur,sparseness --n-samples 200`
     """
     from attrbox.data.maps.reader import open_maps
     from attrbox.errors import InputError
@@ -58,7 +58,7 @@ def evaluate(
             "run.batch_size": batch_size,
         }
         config = parse(text, f"the config in {str(file)!r}", sets, given, trust=trust)
-        evaluation, rows = measure(maps, config, samples, another=model is not None)
+        evaluation, rows = measure(maps, config, n_samples, another=model is not None)
         count = maps.samples
     write_scores(file, evaluation, rows, count)
     if csv is not None:

@@ -11,9 +11,21 @@ from typer.core import TyperGroup
 
 from attrbox.errors import AttrboxError
 
+# Options by their old names, which work for one release.
+_RENAMED = {"--samples": "--n-samples"}
+
 
 class Group(TyperGroup):
     """Commands whose mistakes are told in one line, with exit status 2."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        for place, (flag, *value) in enumerate(arg.split("=", 1) for arg in args):
+            if new := _RENAMED.get(flag):
+                if new in (arg.split("=", 1)[0] for arg in args):
+                    raise typer.BadParameter(f"{flag} and {new} are old and new name of one option. Drop {flag}.")
+                typer.echo(f"attrbox: the option {flag} is called {new} now.", err=True)
+                args[place] = "=".join([new, *value])
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
         try:

@@ -11,7 +11,7 @@ from attrbox.pipeline.commands.options import MapsPath, say
 def report(
     file: MapsPath,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="The page; default: beside the file.")] = None,
-    samples: Annotated[int, typer.Option(min=1, help="At most so many, evenly spread.")] = 48,
+    n_samples: Annotated[int, typer.Option(min=1, help="At most so many, evenly spread.")] = 48,
     side: Annotated[int, typer.Option(min=8, help="Largest side of the maps on the page, in pixels.")] = 112,
 ) -> None:
     """One self-contained HTML page: every method on each sample, overlays, filters, curves and tables of the scores.
@@ -22,4 +22,4 @@ def report(
     """
     from attrbox.pipeline.report.page import write_report
 
-    say(f"Wrote {write_report(file, out or file.with_suffix('.html'), samples=samples, side=side)}.")
+    say(f"Wrote {write_report(file, out or file.with_suffix('.html'), n_samples=n_samples, side=side)}.")

@@ -21,6 +21,7 @@ from PIL import Image
 from scipy.stats import rankdata
 
 from attrbox.core.atomic_files import whole_file
+from attrbox.core.renaming import renamed_arguments
 from attrbox.data.maps.reader import MapsFile, open_maps
 from attrbox.errors import InputError
 from attrbox.metrics.results import Evaluation
@@ -31,15 +32,16 @@ _PAGE = Path(__file__).with_name("page_files")
 _LINES = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2", "#bcbd22", "#444444")
 
 
+@renamed_arguments(samples="n_samples")
 def write_report(
-    path: str | Path, out: str | Path, *, samples: int = 48, side: int = 112, title: str | None = None
+    path: str | Path, out: str | Path, *, n_samples: int = 48, side: int = 112, title: str | None = None
 ) -> Path:
     """Write a page about a file of maps.
 
     Args:
         path: the file.
         out: the page; a file that is there is replaced.
-        samples: at most so many are shown, evenly spread over those that have a map.
+        n_samples: at most so many are shown, evenly spread over those that have a map.
         side: larger maps are averaged down to this many pixels a side.
         title: of the page; default: the file's name.
 
@@ -52,13 +54,13 @@ def write_report(
     """
     with open_maps(path) as maps:
         evaluation = read_scores(maps)
-        page = _page(maps, evaluation, samples, side, title or maps.path.name)
+        page = _page(maps, evaluation, n_samples, side, title or maps.path.name)
     with whole_file(out) as part:
         part.write_text(page, encoding="utf-8")
     return Path(out)
 
 
-def _page(maps: MapsFile, evaluation: Evaluation | None, samples: int, side: int, title: str) -> str:
+def _page(maps: MapsFile, evaluation: Evaluation | None, n_samples: int, side: int, title: str) -> str:
     style, script = ((_PAGE / f"page.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
     templates = Environment(loader=FileSystemLoader(_PAGE), autoescape=True, undefined=StrictUndefined)
     return templates.get_template("page.html").render(
@@ -71,14 +73,14 @@ def _page(maps: MapsFile, evaluation: Evaluation | None, samples: int, side: int
         script=Markup(script),
         style_hash=_hash(style),
         script_hash=_hash(script),
-        data=Markup(_embedded(_data(maps, evaluation, samples, side))),
+        data=Markup(_embedded(_data(maps, evaluation, n_samples, side))),
     )
 
 
 # ------------------------------------------------------------------------------------------------------------ the data
 
 
-def _data(maps: MapsFile, evaluation: Evaluation | None, samples: int, side: int) -> dict[str, Any]:
+def _data(maps: MapsFile, evaluation: Evaluation | None, n_samples: int, side: int) -> dict[str, Any]:
     for label, one in maps.items():
         if len(one.shape) < 4:
             raise InputError(f"Expected maps of images, [N, C, H, W], got {list(one.shape)} for {label!r}.")
@@ -86,7 +88,7 @@ def _data(maps: MapsFile, evaluation: Evaluation | None, samples: int, side: int
     some = np.flatnonzero(np.logical_or.reduce(list(done.values())))
     if not len(some):
         raise InputError(f"{str(maps.path)!r} has no map yet. Go on with the export first.")
-    rows = some[np.unique(np.linspace(0, len(some) - 1, min(samples, len(some))).round().astype(int))]
+    rows = some[np.unique(np.linspace(0, len(some) - 1, min(n_samples, len(some))).round().astype(int))]
     failed = {label: one.failed for label, one in maps.items()}
     columns = {name: maps.column(name) for name in ("label", "target", "prediction", "score", "source")}
     entries = []
