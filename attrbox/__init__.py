@@ -16,8 +16,11 @@ if TYPE_CHECKING:
     from attrbox.core.options import option as option
     from attrbox.core.results import Attribution as Attribution, Coverage as Coverage
     from attrbox.core.targets import classes as classes, top as top
+    from attrbox.data.loading import Images as Images, load_images as load_images
     from attrbox.data.maps.merge import merge as merge, split as split, verify as verify
     from attrbox.data.maps.reader import MapsFile as MapsFile, open_maps as open_maps
+    from attrbox.data.models.loaded_model import LoadedModel as LoadedModel, Preprocess as Preprocess
+    from attrbox.data.models.loading import load_model as load_model
     from attrbox.engine.site import Rule as Rule, Site as Site
     from attrbox.methods.base import (
         Method as Method,
@@ -65,6 +68,9 @@ _PLACES = {
     "attrbox.core.options": "option",
     "attrbox.core.results": "Attribution Coverage",
     "attrbox.core.targets": "classes top",
+    "attrbox.data.loading": "Images load_images",
+    "attrbox.data.models.loaded_model": "LoadedModel Preprocess",
+    "attrbox.data.models.loading": "load_model",
     "attrbox.data.maps.merge": "merge split verify",
     "attrbox.data.maps.reader": "MapsFile open_maps",
     "attrbox.engine.site": "Rule Site",

@@ -21,7 +21,7 @@ import torchvision
 from PIL import Image
 
 import attrbox
-from attrbox.data.models import Preprocess
+from attrbox.data.models.loaded_model import Preprocess
 from attrbox.data.samples import samples_of
 
 EXPORTS: dict[str, dict[str, object]] = {

@@ -26,7 +26,8 @@ from tqdm import tqdm
 import attrbox
 from attrbox.core.memory import keep_pages
 from attrbox.data.images import find_images, open_image
-from attrbox.data.models import LoadedModel, Preprocess, efficientnet_lite0
+from attrbox.data.models.factories import efficientnet_lite0
+from attrbox.data.models.loaded_model import LoadedModel, Preprocess
 from attrbox.metrics.localization.mosaics import grid_cells
 from attrbox.metrics.robustness.similarity import spearman
 

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 import attrbox
 from attrbox.core.memory import MOST_PER_PASS
 from attrbox.data.images import find_images, open_image
-from attrbox.data.models import LoadedModel, efficientnet_lite0
+from attrbox.data.models.factories import efficientnet_lite0
+from attrbox.data.models.loaded_model import LoadedModel
 
 METHODS = 10
 

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import attrbox
 from attrbox.data.images import find_images, open_image
-from attrbox.data.models import efficientnet_lite0
+from attrbox.data.models.factories import efficientnet_lite0
 
 AREAS = (0.025, 0.05, 0.1, 0.2)
 PICTURE = [

@@ -1,17 +1,15 @@
-"""Images from files and folders, ready for a model."""
+"""Image files: find them, open them, name them."""
 
 import importlib.util
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps
-from torch import Tensor
 
 from attrbox.core.atomic_files import as_path
 from attrbox.errors import FileError, InputError, PassedOverWarning, shown
@@ -22,46 +20,6 @@ SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", 
 
 # Photographs that scikit-image ships, and whose subjects ImageNet has names for.
 PHOTOGRAPHS = ("chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg", "camera.png")
-
-
-class Images(NamedTuple):
-    """A batch of images with what they are called.
-
-    Attributes:
-        values: [N, 3, H, W], preprocessed.
-        names: one per image, all different: the file's name without its suffix, with as many of its folders as it
-            takes to tell it apart from the others.
-        sources: the files.
-    """
-
-    values: Tensor
-    names: list[str]
-    sources: list[Path]
-
-
-def load_images(paths: Iterable[str | Path] | str | Path, preprocess: Callable[[Image.Image], Tensor]) -> Images:
-    """Read image files into one batch.
-
-    Args:
-        paths: files, and folders that are searched with all their subfolders.
-        preprocess: an RGB image -> a tensor of the same shape for every image (`LoadedModel.preprocess`).
-
-    Returns:
-        The batch, in the order given and by path within a folder; a file that is named twice comes once.
-
-    Raises:
-        FileError: a path does not exist, a folder holds no image, or a file cannot be read as one.
-        InputError: there are no paths, or `preprocess` made tensors of different shapes.
-    """
-    files = find_images(paths)
-    tensors = [preprocess(open_image(file)) for file in files]
-    shapes = {tuple(tensor.shape) for tensor in tensors}
-    if len(shapes) > 1:
-        raise InputError(
-            f"Expected the preprocessing to make tensors of one shape, got {sorted(shapes)}. Let it resize and crop to "
-            "a fixed size."
-        )
-    return Images(torch.stack(tensors), distinct_names(files), files)
 
 
 def find_images(paths: Iterable[str | Path] | str | Path) -> list[Path]:
@@ -159,7 +117,7 @@ def open_image(path: str | Path) -> Image.Image:
         raise dead
     try:
         with Image.open(path) as opened:
-            return _as_rgb(ImageOps.exif_transpose(opened))
+            return as_rgb(ImageOps.exif_transpose(opened))
     except Exception as error:  # decoders raise all sorts of things on broken files
         raise FileError(
             f"Cannot read {str(path)!r} as an image ({type(error).__name__}: {error}). Expected a picture such as "
@@ -185,7 +143,8 @@ def demo_photographs() -> list[Path]:
     return paths
 
 
-def _as_rgb(image: Image.Image) -> Image.Image:
+def as_rgb(image: Image.Image) -> Image.Image:
+    """Convert an image to RGB; what is transparent is laid over white."""
     if image.mode.startswith("I"):  # 16 bits of grey, which convert("RGB") would clip
         grey = np.asarray(image).astype(np.float64)
         return Image.fromarray(np.uint8(np.clip(grey / 257, 0, 255).round())).convert("RGB")

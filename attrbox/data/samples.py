@@ -293,7 +293,7 @@ def _of_files(
     if preprocess is None:
         raise InputError(
             "Expected a function that makes the model's input of an image file: preprocess=, for instance the "
-            "transforms of the model's weights, or a model of attrbox.data.models.load_model, which brings its own."
+            "transforms of the model's weights, or a model of attrbox.load_model, which brings its own."
         )
     files = find_images(paths)
     labels = _folders(paths, files)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from attrbox.data.models import LoadedModel
+from attrbox.data.models.loaded_model import LoadedModel
 from attrbox.errors import OptionError, shown
 from attrbox.methods.base import method_registry as registry
 

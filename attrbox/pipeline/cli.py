@@ -38,8 +38,8 @@ from attrbox.pipeline.commands.pieces import merge, split
 from attrbox.pipeline.commands.report import report
 
 if TYPE_CHECKING:
-    from attrbox.data.images import Images
-    from attrbox.data.models import LoadedModel
+    from attrbox.data.loading import Images
+    from attrbox.data.models.loaded_model import LoadedModel
     from attrbox.methods.base import MethodSpec
     from attrbox.methods.comparison import Comparison
 
@@ -211,8 +211,8 @@ def _run(
     """Load, explain, and bring the results back to the CPU."""
     import torch
 
-    from attrbox.data.images import load_images
-    from attrbox.data.models import load_model
+    from attrbox.data.loading import load_images
+    from attrbox.data.models.loading import load_model
     from attrbox.methods.explaining import compare
     from attrbox.pipeline.arguments import parse_device, parse_methods, parse_target
 

@@ -23,7 +23,7 @@ from pydantic_core import ErrorDetails
 from attrbox.core.atomic_files import as_path
 from attrbox.core.options import choose
 from attrbox.core.registry import Registry
-from attrbox.data.models import SHORTHANDS
+from attrbox.data.models.loading import SHORTHANDS
 from attrbox.errors import AttrboxError, FileError, OptionError, near_miss, shown
 from attrbox.methods.base import method_registry
 from attrbox.metrics.base import metric_registry

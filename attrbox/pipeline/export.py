@@ -31,7 +31,7 @@ from attrbox.data.labels import read_labels
 from attrbox.data.maps.journal import Journal
 from attrbox.data.maps.schema import Compression, DType, check_storage
 from attrbox.data.maps.writer import Flags, Growing, Layout, Output, known_targets
-from attrbox.data.models import LoadedModel
+from attrbox.data.models.loaded_model import LoadedModel
 from attrbox.data.samples import Batch, Samples, SamplesLike
 from attrbox.errors import FileError, InputError, TargetError, shown
 from attrbox.methods.base import Method, MethodSpec, method_registry as registry

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from attrbox.data.images import demo_photographs
-from attrbox.data.models import LoadedModel, Preprocess, load_model
+from attrbox.data.models.loaded_model import LoadedModel, Preprocess
+from attrbox.data.models.loading import load_model
 from attrbox.data.samples import Picture, Samples, samples_of
 from attrbox.errors import OptionError
 from attrbox.pipeline.arguments import parse_device

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from attrbox.data.maps.attributes import options_in
 from attrbox.data.maps.reader import MapsFile, MethodMaps
 from attrbox.data.maps.writer import known_targets
-from attrbox.data.models import LoadedModel
+from attrbox.data.models.loaded_model import LoadedModel
 from attrbox.data.samples import Samples, SamplesLike
 from attrbox.errors import InputError
 from attrbox.methods.base import method_registry as registry

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from attrbox.data.labels import ClassNames
 from attrbox.data.maps.attributes import plain
 from attrbox.data.maps.writer import Growing
-from attrbox.data.models import LoadedModel
+from attrbox.data.models.loaded_model import LoadedModel
 from attrbox.data.samples import Picture, Samples, SamplesLike, samples_of
 from attrbox.errors import FileError, InputError, ModelError
 from attrbox.methods.base import Method, MethodSpec, method_registry as registry

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import attrbox
-from attrbox.data.models import LoadedModel, load_model
+from attrbox.data.models.loaded_model import LoadedModel
+from attrbox.data.models.loading import load_model
 from attrbox.metrics.training import Trainer, accuracy, train
 from paper.kept import Kept, digest
 

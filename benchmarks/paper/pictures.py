@@ -9,7 +9,7 @@ from learned_quality import side_by_side
 from torch import Tensor
 
 from attrbox.core.results import Attribution, Coverage
-from attrbox.data.models import LoadedModel
+from attrbox.data.models.loaded_model import LoadedModel
 from attrbox.visualization.plots import plot_comparison
 from paper.cases import Case, Photographs, photographs
 from paper.curves import maps_of

@@ -7,9 +7,9 @@ import torch
 from exports import export, net, pictures
 
 import attrbox
-from attrbox.data.images import find_images, load_images, open_image
+from attrbox.data.images import find_images, open_image
 from attrbox.data.labels import read_labels
-from attrbox.data.models import read_state
+from attrbox.data.models.weights import read_state
 from attrbox.errors import AttrboxError, FileError
 from attrbox.pipeline.config import load
 from attrbox.pipeline.report.page import write_report
@@ -60,7 +60,6 @@ TAKES_A_PATH = {
     "report to": lambda bad, get: write_report(get("maps_path"), bad),
     "config": lambda bad, _: load([bad]),
     "labels": lambda bad, _: read_labels(bad),
-    "images": lambda bad, _: load_images([bad], lambda image: image),
     "image": lambda bad, _: open_image(bad),
     "found": lambda bad, _: find_images([bad]),
     "weights": lambda bad, _: read_state(bad),

@@ -11,7 +11,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import to_tensor
 
-from attrbox.data.images import demo_photographs, find_images, load_images, open_image
+from attrbox.data.images import demo_photographs, find_images, open_image
+from attrbox.data.loading import load_images
 from attrbox.errors import FileError, InputError, PassedOverWarning
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)

@@ -15,7 +15,7 @@ from torchvision.datasets import ImageFolder
 
 import attrbox
 from attrbox.data.labels import ClassNames, imagenet_categories, imagenet_synsets, read_labels
-from attrbox.data.models import LoadedModel, Preprocess
+from attrbox.data.models.loaded_model import LoadedModel, Preprocess
 from attrbox.errors import FileError, InputError, ModelError, TargetError, UnknownNameError
 from attrbox.pipeline.report.page import write_report
 from attrbox.pipeline.shards import Shard
@@ -28,7 +28,7 @@ NAMES = ("dog", "cat", "polar bear", "ant", "fox")
 def model(names=NAMES, classes=5):
     torch.manual_seed(0)
     layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, classes))
-    return LoadedModel(layers, "tiny", PREPROCESS, (0.0,) * 3, (1.0,) * 3, names)
+    return LoadedModel(layers.eval(), "tiny", PREPROCESS, (0.0,) * 3, (1.0,) * 3, names)
 
 
 def folders(root, *names):

@@ -1,3 +1,4 @@
+import socket
 import sys
 import urllib.error
 from collections.abc import Callable
@@ -7,10 +8,13 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
+from safetensors.torch import save_file
 from torch import nn
 
-from attrbox.data.models import LoadedModel, Preprocess, imagenet_categories, load_model
-from attrbox.errors import FileError, ModelError, UnknownNameError
+from attrbox.data.labels import imagenet_categories
+from attrbox.data.models.loaded_model import LoadedModel, Preprocess
+from attrbox.data.models.loading import load_model
+from attrbox.errors import AttrboxError, FileError, ModelError, UnknownNameError
 
 HERE = __name__
 
@@ -96,7 +100,26 @@ def test_download_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torchvision.models, "get_model", unreachable)
     with pytest.raises(ModelError, match=r"Cannot download https://.*no network.*path.*none"):
-        load_model("torchvision:resnet18")
+        load_model("torchvision:resnet18", weights="DEFAULT")
+
+
+@pytest.mark.parametrize("name", ["torchvision:resnet18", "timm:resnet18", "hf:nobody/nothing"])
+def test_nothing_is_downloaded_unasked(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("a connection"))
+    with pytest.raises(ModelError, match=f"weights of {name} are not on this machine.*DEFAULT.*'none'"):
+        load_model(name)
+
+
+def test_weights_that_are_here_need_no_asking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    saved = torchvision.models.squeezenet1_1().eval()
+    url = torchvision.models.get_model_weights("squeezenet1_1").DEFAULT.url
+    (tmp_path / "checkpoints").mkdir()
+    torch.save(saved.state_dict(), tmp_path / "checkpoints" / Path(url).name)
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda *_, **__: saved.state_dict())
+    loaded = load_model("torchvision:squeezenet1_1")
+    assert loaded.categories == imagenet_categories()
 
 
 def test_weights_in_a_broken_file(tmp_path: Path) -> None:
@@ -171,6 +194,100 @@ def test_a_factory_has_no_default_weights() -> None:
         load_model(f"{HERE}:tiny", weights="DEFAULT")
 
 
+# -------------------------------------------------------------------------------------------- modules of the user's own
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_module_stays_in_its_mode(training: bool) -> None:
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Dropout(0.5)).train(training)
+    loaded = load_model(module, categories=["a", "b"])
+    assert loaded.model is module
+    assert loaded.categories == ("a", "b")
+    assert all(part.training is training for part in module.modules())
+
+
+def test_what_is_no_model() -> None:
+    for model in (3, None, nn.Linear):
+        with pytest.raises(AttrboxError, match=r"Expected a model as a name or an nn.Module"):
+            load_model(model)  # type: ignore[arg-type]
+
+
+def test_safetensors(tmp_path: Path) -> None:
+    saved = torchvision.models.squeezenet1_1().eval()
+    save_file(saved.state_dict(), tmp_path / "weights.safetensors")
+    loaded = load_model("torchvision:squeezenet1_1", weights=tmp_path / "weights.safetensors")
+    assert all(torch.equal(a, b) for a, b in zip(loaded.model.parameters(), saved.parameters(), strict=True))
+
+
+# ------------------------------------------------------------------------------------------------ timm and Hugging Face
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224", "mobilenetv3_small_050"])
+def test_timm_with_its_own_transform(name: str) -> None:
+    timm = pytest.importorskip("timm")
+    loaded = load_model(f"timm:{name}", weights="none", seed=3)
+    settings = timm.data.resolve_data_config({}, model=loaded.model)
+    theirs = timm.data.create_transform(**settings)(picture())
+    assert torch.equal(loaded.preprocess(picture()), theirs)
+    assert loaded.mean == pytest.approx(settings["mean"], abs=1e-6)
+    assert loaded.std == pytest.approx(settings["std"], abs=1e-6)
+    assert not loaded.model.training
+    assert loaded.categories is None  # random weights know no classes
+    again = load_model(f"timm:{name}", weights="none", seed=3)
+    assert all(torch.equal(a, b) for a, b in zip(loaded.model.parameters(), again.model.parameters(), strict=True))
+
+
+def test_timm_weights_from_a_file_have_class_names(tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    torch.save(timm.create_model("mobilenetv3_small_050").state_dict(), tmp_path / "weights.pth")
+    assert (
+        load_model("timm:mobilenetv3_small_050", weights=tmp_path / "weights.pth").categories == imagenet_categories()
+    )
+
+
+def test_timm_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("timm")
+    with pytest.raises(UnknownNameError, match="Did you mean 'resnet50'"):
+        load_model("timm:resnet5O", weights="none")
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ModelError, match=r"pip install 'attrbox\[timm\]'"):
+        load_model("timm:resnet50", weights="none")
+
+
+@pytest.fixture
+def hugging_face_folder(tmp_path: Path) -> Path:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    config = transformers.ViTConfig(image_size=32, patch_size=8, id2label={0: "cat", 1: "dog", 2: "newt"}, **sizes)
+    torch.manual_seed(0)
+    transformers.ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
+    processor = transformers.ViTImageProcessor(
+        size={"height": 32, "width": 32}, image_mean=[0.4] * 3, image_std=[0.2] * 3
+    )
+    processor.save_pretrained(tmp_path / "vit")
+    return tmp_path / "vit"
+
+
+def test_hugging_face_with_its_processor(hugging_face_folder: Path) -> None:
+    loaded = load_model(f"hf:{hugging_face_folder}")
+    assert loaded.categories == ("cat", "dog", "newt")
+    assert loaded.name == "vit"
+    pixels = loaded.preprocess(picture())
+    assert pixels.shape == (3, 32, 32)
+    assert loaded.mean == pytest.approx((0.4,) * 3, abs=1e-5)
+    assert loaded.std == pytest.approx((0.2,) * 3, abs=1e-5)
+    classes, _ = loaded.predict(pixels[None])
+    assert classes.tolist() == loaded.model(pixels[None]).logits.argmax(1).tolist()
+    assert load_model(f"hf:{hugging_face_folder}", weights="none").categories is None
+
+
+def test_hugging_face_folders_of_other_things(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ModelError, match=r"Cannot load hf:.*preprocessor_config.json"):
+        load_model(f"hf:{tmp_path / 'empty'}")
+
+
 # ------------------------------------------------------------------------------------------------------- loaded models
 
 
@@ -189,7 +306,7 @@ def test_class_names_and_numbers() -> None:
 
 
 def test_predictions_and_photographs() -> None:
-    loaded = LoadedModel(nn.Identity(), "identity", mean=(0.5,), std=(0.25,))
+    loaded = LoadedModel(nn.Identity().eval(), "identity", mean=(0.5,), std=(0.25,))
     classes, probabilities = loaded.predict(torch.tensor([[0.0, 2.0], [3.0, 0.0], [0.0, 0.0]]), batch_size=2)
     assert classes.tolist() == [1, 0, 0]
     torch.testing.assert_close(probabilities, torch.tensor([2.0, 3.0, 0.0]).sigmoid())

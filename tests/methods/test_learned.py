@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import attrbox
 from attrbox.data.images import demo_photographs, open_image
-from attrbox.data.models import efficientnet_lite0
+from attrbox.data.models.factories import efficientnet_lite0
 from attrbox.engine.tape import record
 from attrbox.errors import FileError, InputError, ModelError, OptimisationWarning, OptionError, UnknownNameError
 from attrbox.methods.learned.parameters import LearnedRules

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 import attrbox
 from attrbox.data.maps import journal
 from attrbox.data.maps.journal import Journal, journal_of
-from attrbox.data.models import LoadedModel, Preprocess
+from attrbox.data.models.loaded_model import LoadedModel, Preprocess
 from attrbox.errors import FileError, InputError, NoGradientError, OptionError, TargetError
 from attrbox.pipeline import job
 

@@ -9,7 +9,7 @@ from browser import PATH, Browser
 from exports import Pairs, export, net, pictures
 
 import attrbox
-from attrbox.data.models import LoadedModel
+from attrbox.data.models.loaded_model import LoadedModel
 from attrbox.errors import FileError, InputError
 from attrbox.pipeline.report.page import write_report
 from attrbox.pipeline.stored_scores import read_scores, write_scores

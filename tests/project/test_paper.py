@@ -12,7 +12,7 @@ from PIL import Image
 from torch import nn
 
 import attrbox
-from attrbox.data.models import LoadedModel, Preprocess
+from attrbox.data.models.loaded_model import LoadedModel, Preprocess
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 

@@ -208,7 +208,7 @@ def test_files_and_the_command_say_it_too(rule, tmp_path, monkeypatch):
         explain()
     summary = export(tmp_path / "maps.h5", methods=["mine", "saliency"])
     assert summary.complete  # one at a time
-    monkeypatch.setattr("attrbox.data.models.load_model", raises(_noted(InputError("why"), "where")))
+    monkeypatch.setattr("attrbox.data.models.loading.load_model", raises(_noted(InputError("why"), "where")))
     result = CliRunner().invoke(app, ["doctor", "torchvision:resnet18"])
     assert result.exit_code == 2
     assert "why where" in result.output

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from typer.testing import CliRunner, Result
 
-from attrbox.data.models import LoadedModel, Preprocess
+from attrbox.data.models.loaded_model import LoadedModel, Preprocess
 from attrbox.pipeline.cli import app
 
 TINY = f"{__name__}:tiny"
@@ -21,7 +21,7 @@ def tiny() -> LoadedModel:
         model[4].weight.copy_(4 * torch.eye(3, 6))
         model[4].bias.zero_()
     mean, std = (0.0,) * 3, (1.0,) * 3
-    return LoadedModel(model, "tiny", Preprocess(16, 16, mean, std), mean, std, ("red", "green", "blue"))
+    return LoadedModel(model.eval(), "tiny", Preprocess(16, 16, mean, std), mean, std, ("red", "green", "blue"))
 
 
 def run(*arguments: object) -> Result:

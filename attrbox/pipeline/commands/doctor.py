@@ -31,7 +31,7 @@ def doctor(
     """
     import torch
 
-    from attrbox.data.models import load_model
+    from attrbox.data.models.loading import load_model
     from attrbox.methods.diagnosis import doctor as diagnose
     from attrbox.pipeline.arguments import parse_device
 

@@ -69,11 +69,16 @@ class Precision(enum.StrEnum):
 
 Paths = Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Image files, or folders of them.")]
 Model = Annotated[
-    str, typer.Option("--model", help="torchvision:NAME, package.module:factory, or efficientnet_lite0 (extra demo).")
+    str,
+    typer.Option(
+        "--model", help="torchvision:NAME, timm:NAME, hf:NAME_OR_FOLDER, package.module:factory, or efficientnet_lite0."
+    ),
 ]
 Weights = Annotated[
     str | None,
-    typer.Option(help="A file with a state dictionary; for torchvision also DEFAULT (downloaded) or none (random)."),
+    typer.Option(
+        help="A file with a state dictionary, DEFAULT (downloaded), or none (random). Default: those on this machine."
+    ),
 ]
 Methods = Annotated[
     list[str],
