@@ -5,7 +5,6 @@ one batch and another thread writes the last; a batch is committed as a whole (`
 """
 
 import contextlib
-import json
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -30,18 +29,18 @@ from attrbox.core.validation import check_choice, check_count
 from attrbox.data.labels import read_labels
 from attrbox.data.maps.journal import Journal
 from attrbox.data.maps.schema import Compression, DType, check_storage
-from attrbox.data.maps.writer import Flags, Growing, Layout, Output, known_targets
+from attrbox.data.maps.writer import Flags, Growing, Output, known_targets
 from attrbox.data.models.loaded_model import LoadedModel
 from attrbox.data.samples import Batch, Samples, SamplesLike
 from attrbox.errors import FileError, InputError, TargetError, shown
 from attrbox.methods.base import Method, MethodSpec, method_registry as registry
 from attrbox.methods.comparison import MethodLike
 from attrbox.pipeline.job import Channels, ExportTarget, Job, device_of, of_rows
+from attrbox.pipeline.resumption import check_same
 from attrbox.pipeline.samples_given import labelled, samples_given, understood
 from attrbox.pipeline.shards import Shard
 
 _QUEUE = 2  # batches that may wait to be written
-_PROBES = 3  # samples that are read again to see whether the data is what it was
 
 
 @dataclass(frozen=True)
@@ -207,7 +206,7 @@ def export(
             photographs=photographs,
         )
         if growing:
-            _check_same(growing, layout, samples)
+            check_same(growing, layout, job)
         with Output(journal, layout, growing, overwrite) as output:
             images = _run(job, output, workers or 0, retry, progress)
             flags = output.growing.done if output.growing else {}
@@ -249,38 +248,6 @@ def _existing(journal: Journal, resume: bool, overwrite: bool) -> Growing | None
     if not resume:
         raise FileError(f"{str(journal.path)!r} exists already. Choose another path, resume=True or overwrite=True.")
     return Growing(journal)
-
-
-def _check_same(growing: Growing, layout: Layout, samples: Samples) -> None:
-    """Refuse to go on with another model, other data or other settings."""
-    there = growing.settings
-    other = [
-        f"{name} {_short(there.get(name))} there and {_short(value)} here"
-        for name, value in layout.settings.items()
-        if there.get(name) != value
-    ]
-    names = [growing.model_name, layout.header["model_name"]]
-    if other and names[0] != names[1]:  # alone it is no difference
-        other = ["model {} there and {} here".format(*names), *other]
-    if other:
-        raise FileError(
-            f"{str(growing.path)!r} was made with other settings: {'; '.join(other)}. Choose another path, or give the "
-            "same; overwrite=True (--overwrite) replaces the file."
-        )
-    known = np.flatnonzero(growing.digests != "")
-    for row in known[np.unique(np.linspace(0, len(known) - 1, _PROBES).round().astype(int))] if len(known) else ():
-        sample = samples[int(row)]
-        if sample.sha256 != growing.digests[row]:
-            reason = sample.flaw or "its pixels are others"
-            raise FileError(
-                f"The data or its preprocessing has changed since {str(growing.path)!r} was begun: sample "
-                f"{samples.ids[row]!r} is not what it was ({reason}). Choose another path, or restore the data."
-            )
-
-
-def _short(value: object) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
-    return f"{text[:12]}..." if len(text) > 40 else text
 
 
 def _usual_batch(model: object) -> int:

@@ -9,12 +9,13 @@ from torch import Tensor, nn
 
 from attrbox.data.maps.attributes import options_in
 from attrbox.data.maps.reader import MapsFile, MethodMaps
-from attrbox.data.maps.writer import known_targets
+from attrbox.data.maps.writer import Written, known_targets
 from attrbox.data.models.loaded_model import LoadedModel
 from attrbox.data.samples import Samples, SamplesLike
 from attrbox.errors import InputError
 from attrbox.methods.base import method_registry as registry
 from attrbox.pipeline.job import ExportTarget, Job
+from attrbox.pipeline.resumption import changed, unlike
 from attrbox.pipeline.samples_given import samples_given
 
 
@@ -79,6 +80,10 @@ def recompute(
     (batch,) = samples.batches(job.batches(pending))
     known = known_targets(maps.column("target"), [one.row for one in batch.samples])
     result, error = job.explain(batch, pending, known)
+    if row in result.rows and not _scored_alike(maps, job, result):
+        raise InputError(
+            f"{changed(job)} changed since {str(maps.path)!r} was made: {maps.ids[row]!r} has another score."
+        )
     found = {
         label: attribution.values[rows.index(row)].to(getattr(torch, job.dtype))
         for label, (rows, attribution) in result.maps.items()
@@ -87,6 +92,14 @@ def recompute(
     if not found:
         raise error or InputError(f"The sample {maps.ids[row]!r} cannot be explained any more.")
     return found
+
+
+def _scored_alike(maps: MapsFile, job: Job, result: Written) -> bool:
+    stored = maps.column("score")
+    random = any(attribution.coverage.random for _, attribution in result.maps.values())
+    return (
+        stored is None or random or unlike(stored[result.rows], torch.from_numpy(result.columns["score"]), job) is None
+    )
 
 
 def _known_options(one: MethodMaps) -> dict[str, Any]:

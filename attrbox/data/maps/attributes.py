@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -55,7 +56,7 @@ def provenance_in(file: h5py.Group, dataset: h5py.Dataset) -> Provenance:
 
 
 def plain(value: Any) -> Any:
-    """A stand-in that JSON can hold: tensors by shape, dtype and SHA-256, functions by name."""
+    """A stand-in that JSON can hold: the same in any process: tensors by their SHA-256, functions by name."""
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float):
@@ -69,9 +70,19 @@ def plain(value: Any) -> Any:
     if isinstance(value, Tensor):
         name = str(value.dtype).removeprefix("torch.")
         return {"shape": list(value.shape), "dtype": name, "sha256": hashlib.sha256(tensor_bytes(value)).hexdigest()}
-    if callable(value) and hasattr(value, "__qualname__"):
-        return f"{value.__module__}.{value.__qualname__}"
-    return repr(value)
+    if callable(value):
+        named = value if hasattr(value, "__qualname__") else type(value)
+        return f"{named.__module__}.{named.__qualname__}"
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
+
+
+def is_named(value: Any) -> bool:
+    """Whether `plain` tells only what something is called or how it prints itself, as of functions."""
+    if isinstance(value, Mapping):
+        return any(map(is_named, value.values()))
+    if isinstance(value, list | tuple):
+        return any(map(is_named, value))
+    return not (value is None or isinstance(value, bool | int | float | str | np.ndarray | np.generic | Tensor))
 
 
 def storable(text: str) -> str:
