@@ -151,7 +151,7 @@ def export(
         progress: show a progress bar; where there is no terminal, a line a minute.
 
     Raises:
-        FileError: the file is broken, foreign, of another model, data or settings (which are named), or is being
+        FileError: the file is broken, foreign, of another model, target, data or settings (which is named), or is being
             written by another process; or it cannot be written any further, and keeps what it has.
         InputError: the data cannot be used, or no sample could be explained; there is no new file then.
         AttrboxError: as for `attrbox.compare`.
