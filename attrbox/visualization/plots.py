@@ -6,15 +6,12 @@ wash out the rest; what lies beyond gets the last colour. Photographs stand besi
 outlines would pass for attribution.
 """
 
-import struct
 import textwrap
-import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
@@ -158,8 +155,8 @@ def plot_map(
     return sheet.saved(path)
 
 
-def save_figure(figure: Figure, path: str | Path, png: Callable[[], bytes] | None = None) -> None:
-    """Write a figure to a file, whole or not at all; the suffix says how, and `png` may encode that format.
+def save_figure(figure: Figure, path: str | Path) -> None:
+    """Write a figure to a file, whole or not at all; the suffix says how.
 
     Raises:
         FileError: the suffix is of no format, or the file cannot be written.
@@ -171,10 +168,7 @@ def save_figure(figure: Figure, path: str | Path, png: Callable[[], bytes] | Non
             f"Expected the name of a figure to end in one of {', '.join(sorted(kinds))}, got {str(path)!r}."
         )
     with whole_file(path) as part:
-        if kind == "png" and png is not None:
-            part.write_bytes(png())
-        else:
-            figure.savefig(part, format=kind, dpi=figure.dpi, facecolor="white")
+        figure.savefig(part, format=kind, dpi=figure.dpi, facecolor="white")
 
 
 # -------------------------------------------------------------------------------------------------------- what is drawn
@@ -340,24 +334,5 @@ class _Sheet:
     def saved(self, path: str | Path | None) -> Figure:
         """The figure, after it was written to `path`, if there is one."""
         if path is not None:
-            save_figure(self.figure, path, self.png)
+            save_figure(self.figure, path)
         return self.figure
-
-    def png(self) -> bytes:
-        """The figure as a PNG without row filters: these double the size of noisy maps in few colours."""
-        canvas = FigureCanvasAgg(self.figure)
-        canvas.draw()  # type: ignore[no-untyped-call]
-        pixels = np.asarray(canvas.buffer_rgba())[..., :3]  # type: ignore[no-untyped-call]
-        height, width, _ = pixels.shape
-        rows = np.pad(pixels.reshape(height, -1), ((0, 0), (1, 0)))  # each begins with 0: no filter
-        dots = round(self.figure.dpi / 0.0254)  # per metre
-        chunks = {
-            b"IHDR": struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0),
-            b"pHYs": struct.pack(">IIB", dots, dots, 1),
-            b"IDAT": zlib.compress(rows.tobytes(), 9),
-            b"IEND": b"",
-        }
-        return b"\x89PNG\r\n\x1a\n" + b"".join(
-            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-            for kind, data in chunks.items()
-        )
