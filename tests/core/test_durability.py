@@ -216,6 +216,7 @@ def test_a_file_that_is_replaced_is_the_old_one_or_the_new_one(places, disk, mon
             right._file.seek(0)
             assert right._file.read(1)
             right._file.close()
+            right._lock.release()
 
     def check():
         for found in drive.failures():

@@ -1,6 +1,7 @@
 """A journaled file is in one committed state or the next, wherever it is cut off."""
 
 import errno
+import fcntl
 import os
 import random
 import signal
@@ -123,6 +124,7 @@ def test_wherever_it_dies_it_has_the_state_before_or_after(path, tmp_path):
                 pass
             file._file.close()  # as the system does for the dead: no more than that
             right._file.close()
+            right._lock.release()
             file._discarding = True
             survived = disk.left > 0
         recover(path)
@@ -239,6 +241,6 @@ def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch):
     def none(file, operation):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(module.fcntl, "flock", none)
+    monkeypatch.setattr(fcntl, "flock", none)
     with pytest.raises(FileError, match=r"No locks available.*a file system with locks"), Journal(tmp_path / "maps.h5"):
         pass

@@ -575,7 +575,7 @@ def test_what_was_killed_at_its_first_batch_is_cleared_away(path, processes):
     process = processes.Process(target=die_at_the_first_batch, args=(path,))
     process.start()
     process.join()
-    assert sorted(os.listdir(path.parent)) == [".attrbox-maps.h5.part", "maps.h5.journal"]
+    assert sorted(os.listdir(path.parent)) == [".attrbox-maps.h5.part", "maps.h5.journal", "maps.h5.lock"]
     export(path)
     assert os.listdir(path.parent) == ["maps.h5"]
 

@@ -9,26 +9,23 @@ bytes waits in memory until `commit`, which
     3. applies them, makes that durable, and empties the journal.
 
 So after a crash (of the process, of the machine, of a full disk) the file holds the state before, or the journal all
-that is missing to the one after, which the next to open it applies. The journal is locked as long as somebody writes,
-and gone afterwards: a second writer is refused, and a dead one leaves no lock behind.
+that is missing to the one after, which the next to open it applies. As long as somebody writes, `NAME.lock` is locked:
+a second writer is refused, and a dead one leaves no lock behind. Both are gone afterwards.
 """
 
-import errno
 import hashlib
 import io
 import os
 import struct
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
+from filelock import FileLock, Timeout
+
 from attrbox.core.atomic_files import as_path, settle, whole_file
 from attrbox.errors import BusyError, FileError
-
-if sys.platform != "win32":
-    import fcntl
 
 _PAGE = 4096
 _MAGIC = b"attrbox journal\n"
@@ -46,7 +43,13 @@ class Journal:
 
     def __init__(self, path: str | Path) -> None:
         self.path = as_path(path)
-        self._file = _lock(self.path)
+        self._lock = _locked(self.path)
+        try:
+            self._file = open(journal_of(self.path), "a+b", buffering=0)  # noqa: SIM115 - as long as this object
+        except OSError as error:
+            self._lock.release()
+            raise _cannot("write beside", self.path, error) from error
+        settle(self.path.parent)
 
     def write(self, size: int, pages: Mapping[int, bytes]) -> None:
         """Make durable that the file shall have this size and, at these offsets, these bytes."""
@@ -93,10 +96,13 @@ class Journal:
     def close(self) -> None:
         """Give the right back."""
         if not self._file.closed:
-            if os.fstat(self._file.fileno()).st_size == 0:  # removed while it is locked: it is nobody else's
-                with suppress(OSError):
-                    os.unlink(journal_of(self.path))
+            done = os.fstat(self._file.fileno()).st_size == 0
             self._file.close()
+            with suppress(OSError):  # removed while it is locked: it is nobody else's
+                if done:
+                    os.unlink(journal_of(self.path))
+                os.unlink(self._lock.lock_file)
+            self._lock.release()
 
     def __enter__(self) -> "Journal":
         return self
@@ -267,11 +273,15 @@ def recover(path: str | Path) -> None:
 
 def is_being_written(path: str | Path) -> bool:
     """Whether some process has the right to write the file."""
-    try:
-        with open(journal_of(path), "rb") as journal:
-            return not _locked(journal)
-    except OSError:
+    if not journal_of(path).exists():
         return False
+    try:
+        Journal(path).close()
+    except BusyError:
+        return True
+    except FileError:  # nobody can write there
+        pass
+    return False
 
 
 def journal_of(path: str | Path) -> Path:
@@ -280,49 +290,22 @@ def journal_of(path: str | Path) -> Path:
     return path.with_name(path.name + ".journal")
 
 
-def _lock(path: Path) -> IO[bytes]:
-    """The journal of a file, open and locked."""
-    while True:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            journal = open(journal_of(path), "a+b", buffering=0)  # noqa: SIM115
-        except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-            raise _cannot("write beside", path, error) from error
-        try:
-            if not _locked(journal):
-                raise BusyError(
-                    f"{str(path)!r} is being written by another process. Wait for it, stop it, or choose another path."
-                )
-            if _is_still(journal, journal_of(path)):  # not removed by its last owner before we locked it
-                settle(path.parent)
-                return journal
-        except BaseException:
-            journal.close()
-            raise
-        journal.close()
-
-
-def _locked(journal: IO[bytes]) -> bool:
-    """Try to lock an open file until it is closed."""
-    if sys.platform == "win32":  # which lets nobody remove or replace what another has open
-        return True
+def _locked(path: Path) -> FileLock:
+    """The lock of a file, taken."""
+    lock = FileLock(path.with_name(path.name + ".lock"), timeout=0, thread_local=False, fallback_to_soft=False)
     try:
-        fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise BusyError(
+            f"{str(path)!r} is being written by another process. Wait for it, stop it, or choose another path."
+        ) from None
     except OSError as error:
-        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-            return False
         raise FileError(
-            f"Cannot lock {journal.name!r} ({error.strerror}), so another process could write the same file. Choose a "
-            "path on a file system with locks."
+            f"Cannot write beside {str(path)!r}, or lock it ({error}). Check its folder, permissions and free space, or "
+            "choose a path on a file system with locks."
         ) from error
-    return True
-
-
-def _is_still(file: IO[bytes], path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
-    except FileNotFoundError:
-        return False
+    return lock
 
 
 def _write_all(file: IO[bytes], view: memoryview) -> None:
