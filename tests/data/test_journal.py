@@ -197,23 +197,37 @@ def test_hdf5_lives_in_it(path):
         assert np.all(seen["maps"][3] == 7)
 
 
-def test_the_second_writer_is_refused_and_the_dead_leave_no_lock(path):
+def test_the_second_writer_is_refused(path):
     with Journal(path):
         assert is_being_written(path)
         with pytest.raises(FileError, match="being written by another"):
             Journal(path)
     assert not is_being_written(path)
-    assert not journal_of(path).exists()
+    assert os.listdir(path.parent) == ["file"]
+
+
+@pytest.mark.parametrize("worker", [False, True], ids=["alone", "with a process that reads for it and lives on"])
+def test_the_dead_leave_no_lock(path, worker):
+    reading, writing = os.pipe()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # newer Pythons warn of forks beside threads
         child = os.fork()
-    if child == 0:
-        Journal(path)
-        os.kill(os.getpid(), signal.SIGKILL)
-    os.waitpid(child, 0)
-    assert journal_of(path).exists()
-    Journal(path).close()
-    assert not journal_of(path).exists()
+        if child == 0:
+            os.close(writing)
+            Journal(path)
+            if worker and os.fork() == 0:
+                os.read(reading, 1)  # until the test is over
+                os._exit(0)
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.close(reading)
+    try:
+        os.waitpid(child, 0)
+        assert sorted(os.listdir(path.parent)) == ["file", "file.journal", "file.lock"]
+        assert not is_being_written(path)
+        Journal(path).close()
+        assert os.listdir(path.parent) == ["file"]
+    finally:
+        os.close(writing)
 
 
 def test_what_cannot_be_written_is_told(path, tmp_path):

@@ -302,8 +302,8 @@ def _locked(path: Path) -> FileLock:
         ) from None
     except OSError as error:
         raise FileError(
-            f"Cannot write beside {str(path)!r}, or lock it ({error}). Check its folder, permissions and free space, or "
-            "choose a path on a file system with locks."
+            f"Cannot write beside {str(path)!r}, or lock it ({error}). Check its folder, permissions and free space, "
+            "or choose a path on a file system with locks."
         ) from error
     return lock
 
