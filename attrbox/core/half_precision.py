@@ -19,8 +19,8 @@ HALF = frozenset({torch.float16, torch.bfloat16})
 
 
 def wide(tensor: Tensor) -> Tensor:
-    """The tensor, in float32 if it came in half precision."""
-    return tensor.float() if tensor.dtype in HALF else tensor
+    """The tensor, in float32 if it came in half precision or in 8 bits."""
+    return tensor.float() if tensor.is_floating_point() and tensor.element_size() < 4 else tensor
 
 
 def autocasting(device: torch.device) -> torch.dtype | None:

@@ -1,11 +1,13 @@
 """The user's model and process are left exactly as they were, also after an exception."""
 
 import contextlib
+import random
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -84,7 +86,8 @@ def untouched(model: nn.Module, half: bool = False) -> Iterator[nn.Module]:
     images came so; put everything back on exit.
 
     Everything is: each module's `training`, each parameter's `requires_grad`, the value and identity of each
-    buffer, and the global random state of the CPU and of the model's GPUs. Gradients are enabled inside,
+    buffer, and the random states: the global ones of torch, numpy and Python, and those of generators that are
+    attributes of modules. Gradients are enabled inside,
     whatever the caller's mode. Frozen parameters save memory: a convolution then keeps no input for them.
 
     Threads take turns, so that each finds the model as its user left it; a call within a call of the same thread goes
@@ -109,7 +112,8 @@ def untouched(model: nn.Module, half: bool = False) -> Iterator[nn.Module]:
         ]
         half = half or any(tensor.dtype in HALF for tensor in (*model.parameters(), *model.buffers()))
         devices = {tensor.device.index for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda}
-        with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=sorted(devices)):
+        random_states = torch.random.fork_rng(devices=sorted(devices)), _same_random_states(model)
+        with torch.inference_mode(False), torch.enable_grad(), random_states[0], random_states[1]:
             try:
                 for module, _ in modes:
                     module.training = False  # not module.eval(): a user's override of train() may have side effects
@@ -126,3 +130,23 @@ def untouched(model: nn.Module, half: bool = False) -> Iterator[nn.Module]:
                     if buffer._version != version:
                         buffer.detach().copy_(value)
                     module._buffers[name] = buffer
+
+
+@contextlib.contextmanager
+def _same_random_states(model: nn.Module) -> Iterator[None]:
+    """Leave the random states of numpy, of Python and of a model's own generators as they were."""
+    own = [(generator, generator.get_state()) for generator in generators(model)]
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
+        for generator, state in own:
+            generator.set_state(state)
+
+
+def generators(model: nn.Module) -> list[torch.Generator]:
+    """The random generators that are attributes of a model's modules."""
+    values = (value for module in model.modules() for value in vars(module).values())
+    return [value for value in values if isinstance(value, torch.Generator)]

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from attrbox.errors import ModelError
+from attrbox.errors import ForwardError, ModelError
 
 
 def unwrap(output: Any) -> Tensor:
@@ -73,6 +73,21 @@ class Outputs:
             f"of the model's output be the batch.{single}"
         )
 
+    @cached_property
+    def batched(self) -> Any:
+        """What the model returned, with the batch axis of one image put back where the model drops it."""
+        found = list(tensors(self.returned))
+        if self.count != 1 or self.doubled is None or all(leaf.dim() and len(leaf) == 1 for leaf in found):
+            return self.returned
+        try:
+            pair = list(tensors(self.doubled()))
+        except ForwardError:  # a model that takes no two images
+            return self.returned
+        if len(pair) != len(found):
+            return self.returned
+        shapes = iter([leaf.shape for leaf in pair])
+        return mapped(self.returned, lambda leaf: leaf[None] if next(shapes) == (2, *leaf.shape) else leaf)
+
     @property
     def predicted(self) -> Tensor | None:
         """The class with the largest score of each image, [count]; None if the model returns no [count, classes]."""
@@ -100,23 +115,40 @@ def mapped(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(output, Tensor):
         return change(output)
     if isinstance(output, Mapping):
-        parts = {key: mapped(value, change) for key, value in output.items()}
-        if type(output) is dict:
-            return parts
-        made = copy.copy(output)
-        for key, value in parts.items():
-            made[key] = value  # type: ignore[index]
-        return made
+        return _with_items(output, {key: mapped(value, change) for key, value in output.items()})
     if isinstance(output, tuple | list):
         items = [mapped(item, change) for item in output]
         if type(output) in (tuple, list):
             return type(output)(items)
         return output._make(items) if hasattr(output, "_make") else type(output)(items)
-    if hasattr(output, "__dict__") and not isinstance(output, type) and not callable(output):
-        made = copy.copy(output)
-        made.__dict__.update({key: mapped(value, change) for key, value in vars(output).items()})
-        return made
-    return output
+    if isinstance(output, type) or callable(output):
+        return output
+    attributes = {name: getattr(output, name) for name in _attributes(output)}
+    changed = {name: mapped(value, change) for name, value in attributes.items()}
+    if all(changed[name] is value for name, value in attributes.items()):
+        return output
+    made = copy.copy(output)
+    for name, value in changed.items():
+        object.__setattr__(made, name, value)  # also of a frozen dataclass
+    return made
+
+
+def _with_items(output: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
+    """A mapping of the same type with other values."""
+    if not hasattr(output, "__setitem__"):  # a read-only view
+        return type(output)(items)  # type: ignore[call-arg]
+    made = copy.copy(output)
+    for key, value in items.items():
+        made[key] = value
+    return made
+
+
+def _attributes(output: Any) -> list[str]:
+    """The names of what an object holds, in a dictionary or in slots."""
+    slots = [getattr(part, "__slots__", ()) for part in type(output).__mro__]
+    names = [name for part in slots for name in ((part,) if isinstance(part, str) else part)]
+    names = [name for name in names if not name.startswith("__") and hasattr(output, name)]
+    return [*names, *getattr(output, "__dict__", ())]
 
 
 def tensors(output: Any) -> Iterator[Tensor]:

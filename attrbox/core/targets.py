@@ -14,6 +14,7 @@ function takes what it wants by itself: `lambda out: out[:, 3]` of a tensor, `la
 `lambda out: out["age"]`, `lambda out: out[1]` of a tuple.
 """
 
+import contextlib
 import operator
 import warnings
 from collections.abc import Callable, Sequence
@@ -26,7 +27,7 @@ from torch import Tensor
 from attrbox.core.dense_tensors import dense
 from attrbox.core.memory import is_out_of_memory
 from attrbox.core.outputs import Outputs, described, mapped, tensors
-from attrbox.errors import AttrboxError, OptionError, TargetError, shown
+from attrbox.errors import AttrboxError, ModelError, OptionError, TargetError, shown
 
 # What a class scores: the model's output, its lead over the best other class, its softmax, the logarithm of that.
 UNITS = ("logit", "contrast", "prob", "log_prob")
@@ -103,7 +104,7 @@ class Target:
         """
         if self.function is not None:
             if not self._checked:
-                self._check_images_apart(outputs)
+                self._check_images_apart(self._of_two(outputs) or outputs)
                 self._checked = True
             return None
         table = _table(outputs.scores)
@@ -155,11 +156,12 @@ class Target:
                 "what the function returns."
             )
         scores = self._called(self.function, outputs)
-        if not isinstance(scores, Tensor) or scores.dim() not in (1, 2) or len(scores) != outputs.count:
-            came = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+        real = isinstance(scores, Tensor) and scores.is_floating_point()
+        if not isinstance(scores, Tensor) or not (real and scores.dim() in (1, 2) and len(scores) == outputs.count):
+            came = f"{scores.dtype} {list(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
             raise TargetError(
-                f"Expected the target function to return {outputs.count} scores, [N] or [N, K], got {came}. "
-                f"It got {described(outputs.returned)}."
+                f"Expected the target function to return {outputs.count} scores, [N] or [N, K], as floating-point "
+                f"numbers, got {came}. It got {described(outputs.batched)}."
             )
         return scores if scores.dim() == 2 else scores[:, None]
 
@@ -169,26 +171,27 @@ class Target:
         One that fails on a structure gets the scores in it, as functions did until version 0.1, with a warning.
         """
         if self._takes_scores:
-            return function(outputs.scores)
+            return function(outputs.scores.clone())
+        given = mapped(outputs.batched, torch.clone)  # a copy, as the function may write into it
         try:
-            return function(outputs.returned)
+            return function(given)
         except AttrboxError:
             raise
         except Exception as error:
             if is_out_of_memory(error):
                 raise
-            try:
-                if isinstance(outputs.returned, Tensor) or not isinstance(error, _OF_A_STRUCTURE):
-                    raise
-                found = function(outputs.scores)
-            except Exception:
+            found = None
+            if isinstance(error, _OF_A_STRUCTURE) and not isinstance(given, Tensor):
+                with contextlib.suppress(Exception):
+                    found = function(outputs.scores.clone())
+            if found is None:
                 raise TargetError(
                     f"The target function raised {type(error).__name__}: {error}. It gets what the model returned: "
-                    f"{described(outputs.returned)}. Let it take one score per image out of that."
+                    f"{described(given)}. Let it take one score per image out of that."
                 ) from error
             warnings.warn(
                 f"The target function raised {type(error).__name__} on what the model returned "
-                f"({described(outputs.returned)}), so it gets the scores in it alone, as before attrbox 0.2. Let the "
+                f"({described(given)}), so it gets the scores in it alone, as before attrbox 0.2. Let the "
                 "function take them out itself, for instance out.logits[:, 3] or out['out'][:, 3].",
                 FutureWarning,
                 stacklevel=2,
@@ -196,13 +199,28 @@ class Target:
             self._takes_scores = True
             return found
 
+    def _of_two(self, outputs: Outputs) -> Outputs | None:
+        """What the model returns for two copies of the one image, as one cannot be mixed with another.
+
+        None for more images, and where the model or the function takes no two.
+        """
+        if outputs.count != 1 or outputs.doubled is None:
+            return None
+        try:
+            pair = Outputs(outputs.doubled(), 2)
+            with torch.no_grad():
+                self.score(pair, None)
+        except (ModelError, TargetError):
+            return None
+        return pair
+
     def _check_images_apart(self, outputs: Outputs) -> None:
         """Refuse a function whose score of one image depends on the outputs of another, or not on its own.
 
         The outputs of half of the images are spoilt at a time, so that every two images are told apart; scores that
         change should be those of these images.
         """
-        if any(tensor.is_meta for tensor in tensors(outputs.returned)):
+        if any(tensor.is_meta for tensor in tensors(outputs.batched)):
             return
         with torch.no_grad():
             scores = self.score(outputs, None)
@@ -226,7 +244,7 @@ class Target:
                     return
         raise TargetError(
             f"The target function's score of image {int((~own).nonzero()[0])} of a batch of {count} does not depend on "
-            f"what the model returned for it. It gets {described(outputs.returned)}; let it return one score per image."
+            f"what the model returned for it. It gets {described(outputs.batched)}; let it return one score per image."
         )
 
     def _spoilt(self, outputs: Outputs, chosen: Tensor, spoil: Callable[[Tensor], Tensor]) -> Tensor:
@@ -238,12 +256,12 @@ class Target:
             rows = chosen.to(tensor.device).view(-1, *(1,) * (tensor.dim() - 1))
             return torch.where(rows, spoil(tensor), tensor)
 
-        return self.score(Outputs(mapped(outputs.returned, change), outputs.count, outputs.doubled), None)
+        return self.score(Outputs(mapped(outputs.batched, change), outputs.count), None)
 
     def _refuse_mixing(self, outputs: Outputs, row: int) -> None:
         raise TargetError(
             f"The target function's score of image {row} of a batch of {outputs.count} depends on what the model "
-            f"returned for other images, so there is no map of each. It gets {described(outputs.returned)}, the images "
+            f"returned for other images, so there is no map of each. It gets {described(outputs.batched)}, the images "
             "along the first axis of each tensor; let it keep that axis, as in out[:, 3]."
         )
 

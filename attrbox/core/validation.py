@@ -70,15 +70,16 @@ def check_fill(value: object, further: tuple[str, ...] = ()) -> None:
 
 
 def check_images(images: object) -> Tensor:
-    """Return `images` if they are a batch of finite floating-point numbers; in float32 if they came in half precision,
-    written out if they are sparse.
+    """Return `images` if they are a batch of finite floating-point numbers.
+
+    Half precision and floats of 8 bits become float32; sparse images are written out.
 
     Raises:
         InputError: they are not.
     """
     if not isinstance(images, Tensor):
         raise InputError(f"Expected images as a torch.Tensor [N, C, H, W], got {type(images).__name__}.")
-    images = dense(images, "images")
+    images = wide(dense(images, "images"))
     if not images.is_floating_point():
         raise InputError(
             f"Expected floating-point images, preprocessed as the model takes them, got {images.dtype}. "
@@ -94,4 +95,4 @@ def check_images(images: object) -> Tensor:
     if not images.is_meta and not bool(images.sum().isfinite()) and not bool(images.isfinite().all()):
         bad = (~images.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
         raise InputError(f"Expected finite pixels, got NaN or infinity in images {bad[:10]}. Mend or leave out these.")
-    return wide(images)
+    return images

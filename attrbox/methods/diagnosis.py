@@ -4,7 +4,8 @@ Every method that looks inside of the model is tried on a few images:
 
     exact        keeps what it promises: a recorded pass equal to the native one, and where maps sum to a difference of
                  scores, a gap below `TOLERANCE`
-    approximate  an operation on the way is not understood and keeps its true derivative, or a sum is off
+    approximate  an operation on the way is not understood and keeps its true derivative, a sum is off, or scores depend
+                 on the batch mates or on random numbers
     not tested   these images tell nothing: there are none, their scores are zero, or their maps are empty
     refused      raises, with the reason
 """
@@ -102,6 +103,7 @@ def doctor(model: nn.Module, images: Tensor, methods: Iterable[str] | None = Non
     if images.numel() == 0:
         return Diagnosis(tuple(Finding(name, "not tested", "there are no images") for name in names))
     native = explain(module, images, "random", target=target, progress=False).score.cpu()  # nothing is recorded
+    mixing = _dependence_on_mates(module, images, target, native)
     operations: dict[str, int] = {}
     unknown: dict[str, int] = {}
     findings = []
@@ -114,7 +116,7 @@ def doctor(model: nn.Module, images: Tensor, methods: Iterable[str] | None = Non
         except AttrboxError as error:
             findings.append(Finding(name, "refused", " ".join(str(error).split())))
             continue
-        verdict, reason = _judged(maps, native)
+        verdict, reason = _judged(maps, native, mixing)
         findings.append(Finding(name, verdict, reason, maps))
         known = _tally((*maps.coverage.rule, *maps.coverage.derivative))
         operations = {key: max(operations.get(key, 0), known.get(key, 0)) for key in {**operations, **known}}
@@ -133,12 +135,31 @@ def _looking_inside() -> list[str]:
     return found
 
 
-def _judged(maps: Attribution, native: Tensor) -> tuple[str, str]:
+def _dependence_on_mates(model: nn.Module, images: Tensor, target: Any, native: Tensor) -> float:
+    """How much scores change, relative to the largest, when each image is alone; of one image, when it is not.
+
+    Zero where the model takes no other number of images.
+    """
+    try:
+        if len(images) > 1:
+            other = explain(model, images, "random", target=target, batch_size=1, progress=False).score.cpu()
+        else:
+            pair = torch.cat([images, 0.5 * images.flip(-1)])
+            mated = target if callable(target) or isinstance(target, int) else None
+            native = explain(model, images, "random", target=mated, progress=False).score.cpu()
+            other = explain(model, pair, "random", target=mated, progress=False).score[:1].cpu()
+    except AttrboxError:
+        return 0.0
+    return float((other - native).abs().max() / native.abs().max().clamp_min(torch.finfo(native.dtype).tiny))
+
+
+def _judged(maps: Attribution, native: Tensor, mixing: float) -> tuple[str, str]:
     """The verdict on maps, and its reason.
 
     Args:
         maps: of a method.
         native: the scores that they explain, by a pass in which nothing is recorded.
+        mixing: how much these depend on the batch mates, relative to the largest.
     """
     if not bool(maps.values.isfinite().all()):
         return "approximate", "the map has values that are not finite"
@@ -151,6 +172,8 @@ def _judged(maps: Attribution, native: Tensor) -> tuple[str, str]:
         return "approximate", f"the recorded score differs from the model's own by {error:.0e}"
     if maps.coverage.random:
         return "approximate", f"the score is random: {', '.join(_tally(maps.coverage.random))} draws anew in each pass"
+    if mixing > tolerance:
+        return "approximate", f"scores depend on the batch mates: they change by {mixing:.0e} without them"
     if maps.coverage.unknown:
         names = ", ".join(_tally(maps.coverage.unknown))
         return "approximate", f"true derivative at {names}, which no rule knows"

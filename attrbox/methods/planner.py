@@ -19,7 +19,7 @@ from attrbox.core.model_state import check_model, untouched
 from attrbox.core.random_streams import check_seeds
 from attrbox.core.results import Attribution, Coverage, Provenance
 from attrbox.core.targets import Target, TargetLike
-from attrbox.core.validation import check_images
+from attrbox.core.validation import check_flag, check_images
 from attrbox.engine.randomness import drawing, random_operations
 from attrbox.errors import (
     ModelError,
@@ -53,6 +53,8 @@ class Call:
     strict: bool
 
     def __post_init__(self) -> None:
+        for name in ("channels_last", "progress", "strict"):
+            check_flag(name, getattr(self, name))
         if self.precision not in (None, torch.bfloat16, torch.float16):
             raise OptionError(
                 f"Expected precision to be None, torch.bfloat16 or torch.float16, got {shown(self.precision)}."
@@ -150,7 +152,7 @@ class _Chunk:
 def _explain_chunk(run: Run, chosen: Chosen, order: list[str], bar: Any, strict: bool) -> _Chunk:
     """All methods on one chunk."""
     clock = _Clock(run.images.device)
-    with at_work(run.rows, "scored"), drawing(run.images.device) as drawn:
+    with at_work(run.rows, "scored"), drawing(run.model, run.images.device) as drawn:
         scores = run.scores
     random = random_operations(run.model, run.images) if drawn.any else ()
     if scores.device.type == "cpu":  # elsewhere the host would wait for it: at the end of the call

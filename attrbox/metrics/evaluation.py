@@ -20,7 +20,7 @@ from attrbox.core.model_state import check_model, untouched
 from attrbox.core.options import choose
 from attrbox.core.random_streams import check_seeds, mixed
 from attrbox.core.targets import Target, TargetLike, classes, top
-from attrbox.core.validation import check_count, check_images
+from attrbox.core.validation import check_count, check_flag, check_images
 from attrbox.engine.calling import forward
 from attrbox.errors import InputError, OptionError, at_work, shown
 from attrbox.metrics.base import Measurement, Metric, metric_registry as registry
@@ -94,6 +94,8 @@ def evaluate(
     chosen = choose(registry, metrics)
     if batch_size is not None:
         check_count("batch_size", batch_size)
+    for name, flag in (("controls", controls), ("channels_last", channels_last), ("progress", progress)):
+        check_flag(name, flag)
     half = getattr(images, "dtype", None) in HALF
     with torch.inference_mode(False):
         images = check_images(images).detach()

@@ -100,6 +100,8 @@ def test_baselines_that_fit(shape, method):
         ({"batch_size": True}, "batch_size"),
         ({"precision": torch.float64}, "precision"),
         ({"precision": "bf16"}, "precision"),
+        ({"strict": "yes"}, "strict to be True or False, got 'yes'"),
+        ({"channels_last": 1}, "channels_last to be True or False"),
         ({"seed": 1.5}, "seed"),
         ({"seed": [1, 2]}, "3 in all, got 2"),
         ({"seed": "lucky"}, "seed"),
@@ -115,6 +117,28 @@ def test_arguments_of_the_call(options, message):
 def test_lists_of_methods(methods):
     with pytest.raises(OptionError, match="Expected a"):
         attrbox.compare(relu_net(), X, methods, progress=False)
+
+
+@pytest.mark.parametrize("flag", ["progress", "channels_last", "controls"])
+@pytest.mark.parametrize("value", ["yes", None, 1, []])
+def test_flags(flag, value):
+    model = relu_net()
+    maps = attrbox.compare(model, X, ["saliency"], progress=False)
+    with pytest.raises(OptionError, match=f"Expected {flag} to be True or False"):
+        attrbox.evaluate(model, X, maps, ["morf"], **{flag: value})
+    if flag != "controls":
+        with pytest.raises(OptionError, match=f"Expected {flag} to be True or False"):
+            attrbox.explain(model, X, "saliency", **{flag: value})
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("method", ["saliency", "deeplift", "integrated_gradients", "occlusion"])
+def test_images_of_8_bits_are_explained_in_float32(method, dtype):
+    model = relu_net().float()
+    options = {"window": 4, "stride": 4} if method == "occlusion" else {}
+    small = X.to(dtype)
+    maps = attrbox.explain(model, small, method, progress=False, **options)
+    assert torch.equal(maps.values, attrbox.explain(model, small.float(), method, progress=False, **options).values)
 
 
 def test_one_wrong_method_among_many_stops_before_any_work():

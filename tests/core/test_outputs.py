@@ -2,6 +2,7 @@
 
 from collections import OrderedDict, namedtuple
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -41,7 +42,23 @@ def two(pack) -> nn.Module:
     return seeded(lambda: Two(pack))
 
 
+@dataclass(frozen=True, slots=True)
+class Slotted:
+    logits: Tensor
+    age: Tensor
+
+
+class ByHand:
+    __slots__ = ("age", "logits")
+
+    def __init__(self, logits, age):
+        self.logits, self.age = logits, age
+
+
 PACKS = {
+    "frozen, with slots": (Slotted, lambda out: out.age),
+    "slots by hand": (ByHand, lambda out: out.age),
+    "read-only mapping": (lambda logits, age: MappingProxyType({"logits": logits, "age": age}), lambda out: out["age"]),
     "tuple": (lambda logits, age: (logits, age), lambda out: out[1]),
     "list": (lambda logits, age: [logits, age], lambda out: out[1]),
     "dictionary": (lambda logits, age: {"logits": logits, "age": age}, lambda out: out["age"]),
@@ -190,6 +207,103 @@ def test_a_model_that_squeezes_a_batch_of_one(method, scores):
     wanted = explain(model, X, method, batch_size=1)
     torch.testing.assert_close(explain(Squeezing(model), X, method, batch_size=1).values, wanted.values)
     torch.testing.assert_close(explain(Squeezing(model), X[:1], method).values, explain(model, X[:1], method).values)
+
+
+class SqueezingAll(nn.Module):
+    """Drops the batch axis of a single image in all that it returns."""
+
+    def __init__(self, pack):
+        super().__init__()
+        self.two, self.pack = two(lambda logits, age: (logits, age)), pack
+
+    def forward(self, x):
+        logits, age = self.two(x)
+        return self.pack(logits.squeeze(0), age.squeeze())
+
+
+@pytest.mark.parametrize("method", ["saliency", "deeplift", "lrp_epsilon", "grad_cam", "occlusion", "smoothgrad"])
+@pytest.mark.parametrize("pack", PACKS)
+def test_functions_of_what_a_model_squeezes(method, pack):
+    wrap, target = PACKS[pack]
+    if pack == "tensor":
+        wrap = lambda logits, age: torch.cat([logits, age[..., None]], -1)  # noqa: E731
+    wanted = explain(two(PACKS["tuple"][0]), X, method, target=lambda out: out[1])
+    for batch_size in (1, 2):  # the last chunk is of one image
+        maps = explain(SqueezingAll(wrap), X, method, target=target, batch_size=batch_size)
+        torch.testing.assert_close(maps.score, wanted.score)
+        torch.testing.assert_close(maps.values, wanted.values)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, None])
+@pytest.mark.parametrize(
+    "target",
+    [
+        lambda out: out[1] - out[1].mean(),
+        lambda out: out[0].softmax(0)[:, 0],
+        lambda out: out[1].cumsum(0),
+        lambda out: out[1] / out[1].norm(),
+        lambda out: out[0][:, 0] - out[0][:1, 1],
+    ],
+)
+@pytest.mark.parametrize("method", ["saliency", "deeplift", "occlusion"])
+def test_functions_that_mix_images_are_refused_in_chunks_of_any_size(method, target, batch_size):
+    with pytest.raises(TargetError, match="for other images"):
+        explain(two(PACKS["tuple"][0]), X, method, target=target, batch_size=batch_size)
+
+
+def test_a_function_for_one_image_alone():
+    label = torch.tensor([[2]])
+    model = two(PACKS["tuple"][0])
+    maps = explain(model, X[:1], "deeplift", target=lambda out: out[0].gather(1, label))
+    torch.testing.assert_close(maps.values, explain(model, X[:1], "deeplift", target=2).values)
+
+
+def of_one(out):
+    if len(out[1]) != 1:
+        raise ValueError("one image at a time")
+    return out[1]
+
+
+def test_a_function_that_takes_one_image_at_a_time():
+    wanted = explain(AGE, X, "saliency", target=lambda out: out[:, 0])
+    maps = explain(two(PACKS["tuple"][0]), X, "saliency", target=of_one, batch_size=1)
+    torch.testing.assert_close(maps.values, wanted.values)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "target",
+    [lambda out: out[1].mul_(2), lambda out: out[1].neg_().neg_().add_(out[1]), lambda out: doubled_inside(out)],
+)
+def test_functions_may_write_into_what_they_get(method, target):
+    if method in LEARNED | OPTIMISED:
+        pytest.skip("slow, and nothing else than for the others")
+    model = two(PACKS["tuple"][0])
+    maps = explain(model, X, method, target=target)
+    wanted = explain(model, X, method, target=lambda out: 2 * out[1])
+    torch.testing.assert_close(maps.score, wanted.score)
+    torch.testing.assert_close(maps.values, wanted.values)
+
+
+def doubled_inside(out):
+    out[1][:] = 2 * out[1]
+    return out[1]
+
+
+@pytest.mark.parametrize(
+    ("target", "kind"),
+    [
+        (lambda out: torch.complex(out[1], out[1]), "torch.complex128"),
+        (lambda out: out[0].argmax(1), "torch.int64"),
+        (lambda out: out[1] > 0, "torch.bool"),
+        (lambda out: out[1].tolist(), "list"),
+        (lambda out: None, "NoneType"),
+    ],
+)
+@pytest.mark.parametrize("method", ["saliency", "deeplift", "occlusion"])
+def test_scores_of_other_kinds(method, target, kind):
+    with pytest.raises(TargetError, match=f"as floating-point numbers, got {kind}"):
+        explain(two(PACKS["tuple"][0]), X, method, target=target)
 
 
 def test_a_model_that_mixes_up_its_batch_axis():

@@ -1,7 +1,9 @@
 """Models that draw random numbers are named so by every method, and what hides nothing is told."""
 
+import random
 import re
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -23,6 +25,7 @@ class Dropping(nn.Module):
         super().__init__()
         self.conv, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 3)
         self.drop, self.how = nn.Module(), how
+        self.generator = torch.Generator().manual_seed(0)
 
     def forward(self, x):
         x = self.conv(x).relu()
@@ -34,6 +37,12 @@ class Dropping(nn.Module):
             x = x * torch.empty_like(x).bernoulli_(0.5)
         elif self.how == "off":
             x = F.dropout(x, 0.5, training=False)
+        elif self.how == "numpy":
+            x = x * torch.as_tensor(np.random.rand(4, 1, 1)).to(x)  # noqa: NPY002
+        elif self.how == "python":
+            x = x * random.random()
+        elif self.how == "held generator":
+            x = x * torch.rand(4, 1, 1, generator=self.generator, dtype=x.dtype)
         elif self.how == "own generator":
             x = x * torch.rand(4, 1, 1, generator=torch.Generator().manual_seed(0), dtype=x.dtype)
         return self.head(x.mean((2, 3)))
@@ -52,6 +61,20 @@ def test_other_draws(how, name):
     maps = attrbox.compare(seeded(lambda: Dropping(how)), X, ["integrated_gradients", "rise"], progress=False)
     assert [operated.operation.strip("_") for operated in maps["rise"].coverage.random] == [name.strip("_")]
     assert maps["integrated_gradients"].coverage.random == maps["rise"].coverage.random
+
+
+@pytest.mark.parametrize("method", ["saliency", "deeplift", "integrated_gradients", "occlusion", "rise"])
+@pytest.mark.parametrize(
+    ("how", "name"), [("numpy", "random numbers"), ("python", "random numbers"), ("held generator", "rand")]
+)
+def test_numbers_of_other_sources(method, how, name):
+    model = seeded(lambda: Dropping(how))
+    states = random.getstate(), np.random.get_state()[1].tolist(), model.generator.get_state()  # noqa: NPY002
+    coverage = explain(model, X, method).coverage
+    assert [operated.operation for operated in coverage.random] == [name]
+    assert random.getstate() == states[0]
+    assert np.random.get_state()[1].tolist() == states[1]  # noqa: NPY002
+    assert torch.equal(model.generator.get_state(), states[2])
 
 
 def test_draws_of_a_seeded_generator_are_not_random():

@@ -272,6 +272,40 @@ def test_a_recorded_score_that_is_another_is_found_out(monkeypatch, target):
     assert "recorded score" in finding.reason
 
 
+class Mixed(nn.Module):
+    """Scores that depend on the batch mates."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+        self.layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False), nn.ReLU())
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        match self.how:
+            case "norm":
+                return self.head(self.layers(x).mean((2, 3)))
+            case "mean":
+                return self.head(self.layers[2](self.layers[0](x - x.mean(0))).mean((2, 3)))
+            case "softmax":
+                return self.head(self.layers[2](self.layers[0](x)).mean((2, 3))).softmax(0)
+            case "apart":
+                return self.head(self.layers[2](self.layers[0](x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("how", ["norm", "mean", "softmax", "apart"])
+@pytest.mark.parametrize("target", [None, 1, lambda out: out[:, 1]])
+def test_scores_that_depend_on_batch_mates(how, count, target):
+    found = attrbox.doctor(seeded(lambda: Mixed(how)), images(count, 3, 8, 8), ["saliency", "gradient_x_input"], target)
+    for finding in found.findings:
+        if how == "apart":
+            assert finding.verdict == "exact"
+        else:
+            assert finding.verdict == "approximate"
+            assert "depend on the batch mates" in finding.reason
+
+
 def test_the_map_of_a_score_that_is_not_positive_is_empty():
     model, x = relu_net(), X[:1]
     least = int(model(x).argmin())

@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any, TypeVar, cast
 
 import torch
@@ -58,6 +58,7 @@ class Chunk:
         self.per_pass = per_pass
         self._cache: dict[tuple[object, ...], object] = {}
         self._unwatched = Unwatched(model)
+        self._doubled = cache(partial(_doubled, model, images[:1]))
         self._details: dict[str, Any] = {}
 
     @contextlib.contextmanager
@@ -166,9 +167,7 @@ class Chunk:
 
     def returned(self, output: Any, count: int | None = None) -> Outputs:
         """What the model returned for `count` images; for all of the chunk by default."""
-        return Outputs(
-            output, len(self.images) if count is None else count, partial(_doubled, self.model, self.images[:1])
-        )
+        return Outputs(output, len(self.images) if count is None else count, self._doubled)
 
     def _fastest(self, images: Tensor, function: Callable[[Tensor], T]) -> T:
         if isinstance(self.model, BlackBox):  # what it does with memory formats is not known
