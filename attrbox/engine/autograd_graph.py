@@ -13,10 +13,35 @@ def on_the_way(edges: Sequence[GradientEdge], score: Tensor) -> list[int]:
     return [place for place, edge in enumerate(edges, 1) if edge.node in behind]
 
 
-def last_on_the_way(edges: Sequence[GradientEdge], scores: Iterable[Tensor]) -> int:
-    """How many of the edges there are up to the last one from which every score comes; all of them if there is none."""
+def last_on_the_way(edges: Sequence[GradientEdge], scores: Iterable[Tensor], ends: Collection[Any] = ()) -> int:
+    """How many of the edges there are up to the last one from which every score comes; all of them if there is none.
+
+    Edges whose nodes are among the ends count only if there are no others.
+    """
     common = set.intersection(*(set(on_the_way(edges, score)) for score in scores))
-    return max(common, default=len(edges))
+    inner = {place for place in common if edges[place - 1].node not in ends}
+    return max(inner or common, default=len(edges))
+
+
+def made_into(outputs: Iterable[Tensor]) -> set[Any]:
+    """The nodes that made outputs, seen through changes of size, layout and units: of the logits of a dense output,
+    upsampled and behind a softmax, the convolution that made them."""
+    found: set[Any] = set()
+    todo = [output.grad_fn for output in outputs]
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            if node.name().startswith(_CHANGES_OF_FORM):
+                todo.extend(following for following, _ in node.next_functions)
+    return found
+
+
+# Of the names of nodes that resize, lay out anew, or bring numbers into other units, position by position.
+_CHANGES_OF_FORM = (
+    *("Upsample", "View", "UnsafeView", "ReshapeAlias", "Permute", "Transpose", "T0", "Squeeze", "Unsqueeze"),
+    *("Slice", "Clone", "Alias", "ToCopy", "Expand", "Softmax", "LogSoftmax", "Sigmoid", "LogSigmoid", "Tanh"),
+)
 
 
 def ways_around(edges: Sequence[GradientEdge], score: Tensor) -> bool:

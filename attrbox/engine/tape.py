@@ -11,7 +11,7 @@ from torch.autograd.graph import GradientEdge
 from attrbox.core.half_precision import autocasting, wide
 from attrbox.core.outputs import mapped, tensors
 from attrbox.core.results import Coverage, Operated
-from attrbox.engine.autograd_graph import between, last_on_the_way, on_the_way, ways_around
+from attrbox.engine.autograd_graph import between, last_on_the_way, made_into, on_the_way, ways_around
 from attrbox.engine.calling import forward
 from attrbox.engine.feature_maps import Grid
 from attrbox.engine.recorder import Recorder
@@ -72,9 +72,9 @@ class Tape:
         return between(tensors(self.output), self._nodes, layers)
 
     def maps_on_the_way(self, scores: Sequence[Tensor]) -> int | None:
-        """How many spatial feature maps to follow so that the last one lies on the way to all of these scores; None if
-        it does, as it should where the model has no other heads or unused branches."""
-        wanted = last_on_the_way(self._map_edges, scores)
+        """How many spatial feature maps to follow so that the last one lies on the way to all of these scores, and is
+        not itself what the model returns; None if all, as where the model classifies and has no other heads."""
+        wanted = last_on_the_way(self._map_edges, scores, made_into(tensors(self.output)))
         return None if wanted == len(self._map_edges) else wanted
 
     def has_ways_around(self, scores: Sequence[Tensor]) -> bool:

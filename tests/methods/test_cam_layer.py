@@ -51,6 +51,66 @@ def test_not_in_a_branch_that_the_scores_do_not_depend_on(method: str, use: str,
     torch.testing.assert_close(beside, wanted)
 
 
+class Dense(nn.Module):
+    """A score for each pixel, with skip connections, and what `end` makes of it."""
+
+    def __init__(self, end: str) -> None:
+        super().__init__()
+        self.end = end
+        self.down = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU())
+        self.inner = nn.Sequential(nn.Conv2d(4, 6, 3, padding=1), nn.ReLU())
+        self.up = nn.Sequential(nn.Conv2d(10, 8, 3, padding=1), nn.ReLU())
+        self.logits, self.aux = nn.Conv2d(8, 5, 1), nn.Conv2d(6, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor | dict[str, Tensor]:
+        near = self.down(x)
+        far = self.inner(F.max_pool2d(near, 2))
+        logits = self.logits(self.up(torch.cat([near, F.interpolate(far, scale_factor=2)], 1)))
+        match self.end:
+            case "softmax":
+                return logits.softmax(1)
+            case "larger":
+                return F.interpolate(logits, scale_factor=2, mode="bilinear")
+            case "channels last":
+                return logits.movedim(1, -1).contiguous().movedim(-1, 1)
+            case "dictionary":
+                return {
+                    "out": F.interpolate(logits, scale_factor=2),
+                    "aux": F.interpolate(self.aux(far), scale_factor=4),
+                }
+            case "pooled":
+                return logits.mean((2, 3))
+        return logits
+
+
+@pytest.mark.parametrize(
+    ("end", "part", "layer"),
+    [
+        ("logits", None, "up.1"),
+        ("softmax", None, "up.1"),
+        ("larger", None, "up.1"),
+        ("channels last", None, "up.1"),
+        ("dictionary", "out", "up.1"),
+        ("dictionary", "aux", "inner.1"),
+        ("pooled", None, "logits"),  # a classifier: its last map is what it pools
+    ],
+)
+@pytest.mark.parametrize("method", CAM)
+def test_what_the_model_returns_is_no_feature_map(method: str, end: str, part: str | None, layer: str) -> None:
+    def target(out: Tensor | dict[str, Tensor]) -> Tensor:
+        scores = out[part] if isinstance(out, dict) and part is not None else out
+        assert isinstance(scores, Tensor)
+        return scores[:, 1] if scores.dim() == 2 else scores[:, 1, 4:9, 4:9].mean((1, 2))
+
+    torch.manual_seed(0)
+    model = Dense(end).double().eval()
+    for size in (None, 1):
+        wanted = attrbox.explain(model, X, method, target=target, layer=layer, batch_size=size, progress=False).values
+        found = attrbox.explain(model, X, method, target=target, batch_size=size, progress=False).values
+        assert wanted.abs().sum() > 0
+        torch.testing.assert_close(found, wanted)
+
+
 class Joined(nn.Module):
     """Two heads of convolutions behind one trunk, their classes in one output: 0 and 1 of the first, 2 to 4 of both."""
 

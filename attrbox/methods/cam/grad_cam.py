@@ -7,7 +7,8 @@
 
 The layer is found by itself: the last spatial feature map, which is what the last convolution became after its norm,
 residual sum and activation (features.29 of VGG-16, layer4 of a ResNet), or the tokens of a transformer without class
-and register tokens (`attrbox.engine.feature_maps`); or it is named.
+and register tokens (`attrbox.engine.feature_maps`); or it is named. It lies on the way to the explained scores. What
+the model returns is no feature map: of a segmentation net it is the one before the convolution that makes the logits.
 """
 
 from dataclasses import dataclass
