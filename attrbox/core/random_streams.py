@@ -1,4 +1,9 @@
-"""Random numbers that depend on a sample's own seed, not on its batch mates, the chunk or the global random state."""
+"""Random numbers of each sample's own stream, whatever its batch mates, the chunk or the global random state.
+
+`seed` means the same in `explain`, `compare`, `evaluate` and `export`: a whole number gives the sample at each position
+a stream of its own, derived from both; a sequence names the stream of each sample. So sample i of a batch, of an
+exported folder and of an evaluation draws the same numbers, and alone it does so with `seed=[streams(seed, i + 1)[i]]`.
+"""
 
 from collections.abc import Sequence
 
@@ -8,18 +13,22 @@ from torch import Tensor
 from attrbox.errors import OptionError, shown
 
 
-def check_seeds(seed: int | Sequence[int], count: int) -> tuple[int, ...]:
-    """One seed for all of `count` samples, or one each, as a tuple of one or of `count`.
+def streams(seed: int | Sequence[int], count: int) -> tuple[int, ...]:
+    """The stream of each of `count` samples.
+
+    Args:
+        seed: a number, from which each position derives its own, or the streams themselves.
+        count: how many samples there are.
 
     Raises:
-        OptionError: it is neither.
+        OptionError: the seed is neither.
     """
     seeds = tuple(seed) if isinstance(seed, Sequence) else (seed,)
     if not all(isinstance(one, int) and not isinstance(one, bool) for one in seeds):
         raise OptionError(f"Expected the seed to be a whole number, or one per image, got {shown(seed)}.")
     if isinstance(seed, Sequence) and len(seeds) != count:
         raise OptionError(f"Expected one seed per image, {count} in all, got {len(seeds)}.")
-    return seeds
+    return seeds if isinstance(seed, Sequence) else tuple(mixed(seeds[0], position) for position in range(count))
 
 
 def mixed(seed: int, draw: int) -> int:

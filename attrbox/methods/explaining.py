@@ -38,8 +38,9 @@ def explain(
             models in float16 or bfloat16 are explained in float32, of the same numbers; so are scores and maps.
         method: a name of `list_methods()` or an alias.
         target: what is explained (`attrbox.core.targets`); default: each sample's largest output.
-        seed: for methods that draw numbers. One seed gives every image the same stream; a sequence of N gives each its
-            own. A map depends on its image and its seed, not on its batch mates or the chunk.
+        seed: for methods that draw numbers. From one seed each image gets a stream of its own, by its place in the
+            call; a sequence of N names the streams. A map depends on its image and stream, not on its batch mates or
+            the chunk.
         batch_size: images per forward pass; default: by memory, and halved when memory runs out.
         precision: `torch.bfloat16` or `torch.float16` for automatic mixed precision; for a model in half precision too.
             As the range of float16 holds no relevance, only passes over paths, noise and masks are in float16.

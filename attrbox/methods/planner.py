@@ -16,7 +16,7 @@ from tqdm import tqdm
 from attrbox.core.half_precision import HALF
 from attrbox.core.memory import backing_off, images_per_pass
 from attrbox.core.model_state import check_model, untouched
-from attrbox.core.random_streams import check_seeds
+from attrbox.core.random_streams import streams
 from attrbox.core.results import Attribution, Coverage, Provenance
 from attrbox.core.targets import Target, TargetLike
 from attrbox.core.validation import check_flag, check_images
@@ -78,7 +78,7 @@ def _run_outside_of_inference_mode(given: object, images: Tensor, chosen: Chosen
     images = images.clone() if images.is_inference() else images  # the clone is an ordinary tensor
     count = len(images)
     target = Target(call.target, count)
-    seeds = check_seeds(call.seed, count)
+    seeds = streams(call.seed, count)
     # Methods that replay the recorded pass go first, so that its memory is free when the others begin.
     order = sorted(chosen, key=lambda label: not _replays(chosen[label][1]))
     used = [method for _, method in chosen.values()]

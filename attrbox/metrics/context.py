@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from attrbox.core.fills import fill_images
 from attrbox.core.memory import backing_off
 from attrbox.core.outputs import Outputs
-from attrbox.core.random_streams import numbers, permutations
+from attrbox.core.random_streams import numbers, permutations, streams
 from attrbox.core.results import Provenance
 from attrbox.core.targets import Target
 from attrbox.engine.calling import forward
@@ -277,7 +277,7 @@ class Study:
             images,
             listed,
             target=self.target.function if self.classes is None else self.classes,
-            seed=made.seed if isinstance(made.seed, int) else list(made.seed)[self.rows],
+            seed=streams(made.seed, self.target.samples)[self.rows],
             batch_size=self.batch_size,
             precision=made.precision,
             channels_last=made.channels_last,

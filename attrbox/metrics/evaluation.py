@@ -18,7 +18,7 @@ from attrbox.core.half_precision import HALF
 from attrbox.core.memory import images_per_pass
 from attrbox.core.model_state import check_model, untouched
 from attrbox.core.options import choose
-from attrbox.core.random_streams import check_seeds, mixed
+from attrbox.core.random_streams import streams
 from attrbox.core.targets import Target, TargetLike, classes, top
 from attrbox.core.validation import check_count, check_flag, check_images
 from attrbox.engine.calling import forward
@@ -110,7 +110,7 @@ def evaluate(
         controls=extra,
         metrics={label: metric for label, (_, metric) in chosen.items()},
         target=_target(target, sources, len(images)),
-        seeds=_streams(seed, len(images)),
+        seeds=streams(seed, len(images)),
         masks=_masks(masks, images),
         batch_size=batch_size,
         channels_last=channels_last,
@@ -153,12 +153,6 @@ def _target(target: TargetLike, sources: Mapping[str, Source], count: int) -> Ta
     if given.indices is not None and not torch.equal(given.indices.flatten().expand(count), known.long()):
         raise InputError("The maps explain other targets than those given. Leave the target out, or explain these.")
     return Target(known, count)
-
-
-def _streams(seed: int | Sequence[int], count: int) -> tuple[int, ...]:
-    """A stream for each image: controls would not be independent, nor their intervals true, if images shared one."""
-    seeds = check_seeds(seed, count)
-    return tuple(mixed(seeds[0], index) for index in range(count)) if isinstance(seed, int) else seeds
 
 
 def _masks(masks: Tensor | Sequence[Tensor] | None, images: Tensor) -> list[Tensor] | None:

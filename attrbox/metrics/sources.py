@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from attrbox.core.dense_tensors import dense
 from attrbox.core.random_streams import numbers
 from attrbox.core.results import Attribution, ChannelReduction, Provenance
-from attrbox.data.maps.attributes import options_in, provenance_in
+from attrbox.data.maps.attributes import options_in, provenance_in, streams_in
 from attrbox.data.maps.reader import MapsFile
 from attrbox.data.maps.schema import dataset_name
 from attrbox.errors import AttrboxError, InputError, shown
@@ -114,7 +114,7 @@ def _in_file(file: h5py.Group) -> dict[str, Source]:
     score = torch.as_tensor(samples["score"][()]) if "score" in samples else None
     if score is not None:
         _check_one_target("the file", score.shape)
-    sources = {}
+    sources, seeds = {}, streams_in(file)
     for name, dataset in file["maps"].items():
         attributes = dict(dataset.attrs)
         label = attributes.get("label", name)
@@ -124,7 +124,7 @@ def _in_file(file: h5py.Group) -> dict[str, Source]:
                 f"Only {int(done.sum())} of {len(done)} maps of {label!r} are in the file. Finish writing it first."
             )
         reduction: ChannelReduction = "max" if attributes.get("reduction") == "max" else "sum"
-        recipe = _recipe(attributes.get("method"), options_in(file, dataset), provenance_in(file, dataset))
+        recipe = _recipe(attributes.get("method"), options_in(file, dataset), provenance_in(dataset, seeds))
         expected = f"expected/{dataset_name(label)}"
         promised = torch.as_tensor(samples[expected][()]) if expected in samples else None
         sources[label] = Source(dataset, reduction, target, target is None, recipe, promised, score)

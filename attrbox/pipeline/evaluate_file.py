@@ -9,7 +9,7 @@ from torch import Tensor
 
 from attrbox.core.hashing import weights_hash
 from attrbox.core.progress import progress_bar
-from attrbox.core.random_streams import mixed
+from attrbox.core.random_streams import streams
 from attrbox.data.maps.reader import MapsFile
 from attrbox.errors import InputError
 from attrbox.metrics.evaluation import evaluate
@@ -52,6 +52,7 @@ def measure(
         raise InputError(f"No sample of {str(maps.path)!r} has a map of every method. Finish the export first.")
     digests = maps.column("pixels_sha256")
     parts: list[Evaluation] = []
+    seeds = streams(config.run.seed, maps.samples)
     groups = [rows[i : i + _AT_ONCE] for i in range(0, len(rows), _AT_ONCE)]
     with progress_bar("evaluate", len(rows)) as bar:
         for group, batch in zip(groups, samples.batches(groups, config.run.workers), strict=True):
@@ -69,7 +70,7 @@ def measure(
                     batch.images.to(next(loaded.model.parameters()).device),
                     {label: maps[label].attribution(group) for label in maps},
                     config.chosen_metrics,
-                    seed=[mixed(config.run.seed, row) for row in group],
+                    seed=[seeds[row] for row in group],
                     batch_size=config.run.batch_size,
                 )
             )

@@ -23,7 +23,7 @@ from attrbox.core.memory import MOST_PER_PASS
 from attrbox.core.model_state import check_model
 from attrbox.core.options import choose
 from attrbox.core.progress import progress_bar
-from attrbox.core.random_streams import check_seeds
+from attrbox.core.random_streams import streams
 from attrbox.core.targets import Target
 from attrbox.core.validation import check_choice, check_count
 from attrbox.data.labels import read_labels
@@ -126,7 +126,7 @@ def export(
         path: the file. If it exists, what is missing there is added.
         methods: as for `attrbox.compare`; they share their passes through the model.
         target: as for `attrbox.explain`, or "label" for the label of each sample.
-        seed: one for all, or one for each sample.
+        seed: as for `attrbox.explain`; places are those in the whole data, of all shards.
         preprocess: an image of `data` that is no tensor -> a tensor as the model takes it.
         ids: a name for each sample; default: file names, or "0", "1", ...
         labels: a table of labels, file -> class by name, WordNet id or number: a CSV file, or a mapping. Default: the
@@ -170,7 +170,7 @@ def export(
     if labels is not None:
         samples = samples.labeled(labels if isinstance(labels, Mapping) else read_labels(labels))
     samples, names = understood(samples, loaded, module, target)
-    check_seeds(seed, len(samples))
+    seeds = streams(seed, len(samples))
     if not isinstance(target, str):
         Target(target, len(samples))  # of the right length
     shard, whole = shard or Shard.current(), path
@@ -180,7 +180,8 @@ def export(
         rows = shard.rows(len(samples), batch_size)
         if not isinstance(target, str):
             target = of_rows(target, len(samples), rows)
-        seed = seed if isinstance(seed, int) else [seed[row] for row in rows]
+        seeds = tuple(seeds[row] for row in rows)
+        seed = seed if isinstance(seed, int) else seeds
         samples = samples.part(rows)
     with Journal(path) as journal, contextlib.ExitStack() as stack:
         growing = _existing(journal, resume, overwrite)
@@ -192,6 +193,8 @@ def export(
             methods=labelled(chosen, methods, growing, beside),
             target=target,
             seed=seed,
+            streams=seeds if growing is None else growing.streams or seeds,
+            one_stream=growing is not None and growing.streams is not None,
             batch_size=batch_size or (growing.settings["batch_size"] if growing else _usual_batch(module)),
             precision=precision,
             channels_last=channels_last,

@@ -53,7 +53,9 @@ class Job:
         samples: on what.
         methods: label -> name and options.
         target: what is explained, or "label".
-        seed: one for all samples, or one each.
+        seed: as it was asked for.
+        streams: of random numbers, one for each sample.
+        one_stream: these are all the seed itself, as version 0.1 made them.
         batch_size: samples that are read and go through the model together.
         precision, channels_last: as for `attrbox.compare`.
         channels: "all", or "one" for the map for the eye.
@@ -67,6 +69,7 @@ class Job:
     methods: Mapping[str, tuple[str, Mapping[str, Any]]]
     target: ExportTarget
     seed: int | Sequence[int]
+    streams: Sequence[int]
     batch_size: int
     precision: torch.dtype | None
     channels_last: bool
@@ -74,6 +77,7 @@ class Job:
     dtype: DType
     compression: Compression | None
     names: ClassNames = ClassNames()
+    one_stream: bool = False
 
     def layout(self, *, model_name: str, config: str | None, photographs: bool) -> Layout:
         """The file for it."""
@@ -89,7 +93,7 @@ class Job:
             header={"model_name": model_name, "weights_sha256": settings["weights_sha256"], "config": config},
             classes=self.names.names,
             descriptions=described,
-            seed=self.seed,
+            seed=self.seed if self.one_stream and isinstance(self.seed, int) else None,
             dtype=self.dtype,
             compression=self.compression,
             photographs=photographs,
@@ -186,7 +190,7 @@ class Job:
                 batch.images.to(device_of(self.model)),
                 [self.methods[label] for label in labels],
                 target=self._target(batch, known),
-                seed=self.seed if isinstance(self.seed, int) else [self.seed[row] for row in rows],
+                seed=[self.streams[row] for row in rows],
                 batch_size=self.batch_size,
                 precision=self.precision,
                 channels_last=self.channels_last,
@@ -237,9 +241,11 @@ class Job:
             attributions,
             predictions=comparison.predictions,
             labels=_labels([sample.label for sample in batch.samples]),
-            seed=None if isinstance(self.seed, int) else [self.seed[row] for row in rows],
+            seed=[self.streams[row] for row in rows],
         )
         del columns["id"]  # which the file has from the beginning
+        if self.one_stream:
+            del columns["seed"]
         columns["pixels_sha256"] = np.array([sample.sha256 for sample in batch.samples], object)
         pictures = [sample.photograph for sample in batch.samples]
         return Written(rows, columns, pictures, maps, result.failed, tuple(comparison.images.shape[1:]))

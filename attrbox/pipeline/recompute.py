@@ -50,13 +50,13 @@ def recompute(
         raise InputError(f"{str(maps.path)!r} does not tell how its batches were made: not a file of attrbox.export.")
     loaded = model if isinstance(model, LoadedModel) else None
     samples = data if isinstance(data, Samples) else samples_given(data, loaded, preprocess, None, False)
-    seeds = maps.column("seed")
     job = Job(
         model=model.model if isinstance(model, LoadedModel) else model,
         samples=samples,
         methods={label: (one.method, _known_options(one)) for label, one in maps.items()},
         target=target,
-        seed=settings["seed"] if seeds is None else seeds.tolist(),
+        seed=maps.seeds,
+        streams=maps.seeds,
         batch_size=settings["batch_size"],
         precision=settings["precision"] and getattr(torch, settings["precision"].removeprefix("torch.")),
         channels_last=settings["channels_last"],

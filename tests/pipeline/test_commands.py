@@ -12,6 +12,7 @@ from PIL import Image
 
 import attrbox
 from attrbox.core.progress import progress_bar
+from attrbox.core.random_streams import streams
 
 
 @pytest.fixture
@@ -75,7 +76,8 @@ def test_export_by_a_config(pictures: Path, tmp_path: Path) -> None:
     with attrbox.open_maps(tmp_path / "maps.h5") as maps:
         assert maps["saliency"].shape == (4, 3, 8, 8)
         assert str(maps["saliency"].dtype) == "float16"
-        assert maps["saliency"].attributes["seed"] == 4
+        assert maps.settings["seed"] == 4
+        assert maps.seeds == list(streams(4, 4))
         assert maps.column("target").tolist() == [1] * 4
         printed = run("inspect", tmp_path / "maps.h5", "--config").output
         assert "seed = 4" in printed

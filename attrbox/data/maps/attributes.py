@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import h5py
@@ -43,16 +43,24 @@ def options_in(file: h5py.Group, dataset: h5py.Dataset) -> dict[str, Any] | None
     return options
 
 
-def provenance_in(file: h5py.Group, dataset: h5py.Dataset) -> Provenance:
-    """How the call made the maps of a dataset."""
-    samples, attributes = file["samples"], dataset.attrs
-    seed = samples["seed"][()].tolist() if "seed" in samples else int(attributes.get("seed", 0))
+def provenance_in(dataset: h5py.Dataset, seeds: Sequence[int]) -> Provenance:
+    """How the call made the maps of a dataset, whose samples had these streams of random numbers."""
+    attributes = dataset.attrs
     precision = str(attributes.get("precision", "")) or None
     return Provenance(
-        seed,
+        seeds,
         None if precision is None else getattr(torch, precision.removeprefix("torch.")),
         str(attributes.get("channels_last", True)) == "True",
     )
+
+
+def streams_in(file: h5py.Group) -> list[int]:
+    """The stream of random numbers of each sample. Version 0.1 gave all samples the seed itself, an attribute."""
+    samples = file["samples"]
+    if "seed" in samples:
+        return list(samples["seed"][()].tolist())
+    seed = next((int(dataset.attrs["seed"]) for dataset in file["maps"].values() if "seed" in dataset.attrs), 0)
+    return [seed] * len(samples["id"])
 
 
 def plain(value: Any) -> Any:

@@ -82,6 +82,11 @@ def merge(paths: Iterable[str | Path], path: str | Path, *, virtual: bool = Fals
         for other in parts[1:]:
             _check_settings(first, other)
         if len(parts) > 1 and all(other.ids == first.ids for other in parts):
+            for other in (part for part in parts if part.seeds != first.seeds):
+                raise InputError(
+                    f"{str(first.path)!r} and {str(other.path)!r} do not belong together: their samples had other "
+                    "random numbers."
+                )
             return _united(parts, path, virtual, overwrite)
         _check_parts(parts)
         return _concatenated([(part, np.arange(part.samples)) for part in parts], path, virtual, overwrite)

@@ -3,7 +3,6 @@
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -19,7 +18,7 @@ from torch.utils.data import Dataset
 from attrbox.core.atomic_files import as_path
 from attrbox.core.results import Attribution, Coverage
 from attrbox.data.labels import ClassNames
-from attrbox.data.maps.attributes import options_in, provenance_in
+from attrbox.data.maps.attributes import options_in, provenance_in, streams_in
 from attrbox.data.maps.journal import recover
 from attrbox.data.maps.schema import SCHEMA
 from attrbox.errors import AttrboxError, FileError, InputError, UnknownNameError, near_miss
@@ -72,8 +71,7 @@ class MethodMaps(Dataset[Tensor]):
         def known(column: NDArray[Any] | None) -> Tensor | None:
             return None if column is None else torch.as_tensor(column[places])
 
-        made = provenance_in(maps.file, self.dataset)
-        seed = made.seed if isinstance(made.seed, int) else [made.seed[place] for place in places]
+        seeds = [maps.seeds[place] for place in places]
         options = options_in(maps.file, self.dataset)
         score = known(maps.column("score"))
         return Attribution(
@@ -86,7 +84,7 @@ class MethodMaps(Dataset[Tensor]):
             reduction="max" if self.attributes.get("reduction") == "max" else "sum",
             expected=known(maps.column("expected", self.label)),
             relative_gap=known(maps.column("relative_gap", self.label)),
-            provenance=replace(made, seed=seed),
+            provenance=provenance_in(self.dataset, seeds),
         )
 
     @property
@@ -247,6 +245,11 @@ class MapsFile(Mapping[str, MethodMaps]):
         """A name for each sample."""
         found: list[str] = self.file["samples/id"].asstr()[()].tolist()
         return found
+
+    @cached_property
+    def seeds(self) -> list[int]:
+        """The stream of random numbers of each sample."""
+        return streams_in(self.file)
 
     @cached_property
     def _places(self) -> dict[str, int]:

@@ -5,7 +5,8 @@
                                  seed, precision, channels_last, and what `descriptions` has to say (summary, reference)
     /options/SHA256              options that are tensors, under the hash by which `options` names them
     /samples/id                  text [N]; and, where known, source, label, target, prediction, score: [N] or [N, K]
-    /samples/seed                [N], if each sample has its own; one seed for all is an attribute of each map
+    /samples/seed                [N], the stream of random numbers of each sample; in files of version 0.1 an attribute
+                                 of the maps instead, one for all samples
     /samples/expected/LABEL      [N] or [N, K], for methods whose maps should sum to something: to what
     /samples/relative_gap/LABEL  [N] or [N, K], how far they are from it
     /samples/done/LABEL          bool [N]
@@ -43,6 +44,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from attrbox.core.random_streams import streams
 from attrbox.core.results import Attribution
 from attrbox.data.maps.attributes import attributes_of, plain, storable
 from attrbox.data.maps.journal import replacing
@@ -94,7 +96,7 @@ def write_maps(
         model_name: what the model is called.
         weights_sha256: see `weights_hash`.
         config: the configuration that led to the maps, as text.
-        seed: the seed of the call, or one per sample.
+        seed: of the call, or one per sample; default: as the maps say.
         dtype: of the maps: "float32", "float64", or "float16", which is refused for maps out of its range.
         compression: "gzip", "lzf" (faster, larger) or None.
         overwrite: replace an existing file.
@@ -116,7 +118,6 @@ def write_maps(
             attributions,
             columns,
             descriptions=descriptions,
-            seed=seed,
             dtype=dtype,
             compression=compression,
         )
@@ -148,7 +149,7 @@ def sample_columns(
         "target": first.target,
         "prediction": predictions,
         "score": first.score,
-        "seed": None if seed is None or isinstance(seed, int) else _seeds(seed),
+        "seed": seed_column(streams(first.provenance.seed if seed is None else seed, count)),
     }
     return {name: _column(name, values, count) for name, values in known.items() if values is not None}
 
@@ -184,7 +185,7 @@ def create_datasets(
     columns: Columns,
     *,
     descriptions: Mapping[str, Mapping[str, str]] | None = None,
-    seed: int | Sequence[int] | None = None,
+    seed: int | None = None,
     dtype: DType = "float32",
     compression: Compression | None = "gzip",
 ) -> None:
@@ -195,7 +196,8 @@ def create_datasets(
         count: samples that the file will hold.
         attributions: the maps of some of them; shapes and attributes are taken from these.
         columns: the same samples' `sample_columns`.
-        descriptions, seed, dtype, compression: as for `write_maps`.
+        descriptions, dtype, compression: as for `write_maps`.
+        seed: the one stream of all samples, in a file that version 0.1 began.
 
     Raises:
         OptionError: an unknown dtype or compression, or a seed beyond 64 bits.
@@ -209,8 +211,8 @@ def create_datasets(
         shape = (count, *attribution.values.shape[1:])
         dataset = maps.create_dataset(name, shape, dtype, chunks=chunk, **_FILTERS[compression])
         dataset.attrs.update(attributes_of(label, attribution, (descriptions or {}).get(label, {})))
-        if isinstance(seed, int):
-            dataset.attrs["seed"] = _seeds([seed])[0]
+        if seed is not None:
+            dataset.attrs["seed"] = seed_column([seed])[0]
         samples.create_dataset(f"done/{name}", (count,), bool)
         samples.create_dataset(f"checksum/{name}", (count,), "uint32")
         for kind, column in _sums(attribution):
@@ -348,7 +350,7 @@ def _array(tensor: Tensor) -> NDArray[Any]:
     return np.asarray(tensor.float() if tensor.dtype == torch.bfloat16 else tensor)
 
 
-def _seeds(seeds: Sequence[int]) -> NDArray[Any]:
+def seed_column(seeds: Sequence[int]) -> NDArray[Any]:
     """The seeds as 64-bit numbers."""
     for dtype in (np.int64, np.uint64):
         limits = np.iinfo(dtype)

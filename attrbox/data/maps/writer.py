@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from attrbox.core.atomic_files import whole_file
 from attrbox.core.results import Attribution
-from attrbox.data.maps.attributes import storable
+from attrbox.data.maps.attributes import storable, streams_in
 from attrbox.data.maps.journal import Journal, Transactions
 from attrbox.data.maps.schema import (
     SCHEMA,
@@ -75,7 +75,7 @@ class Layout:
     header: Mapping[str, str | None]
     classes: Sequence[str] | None
     descriptions: Mapping[str, Mapping[str, str]]
-    seed: int | Sequence[int]
+    seed: int | None
     dtype: DType
     compression: Compression | None
     photographs: bool
@@ -179,6 +179,7 @@ class Growing:
             label: samples["failed"][name].asstr()[()] != "" for label, name in names.items()
         }
         self.targets: NDArray[Any] | None = samples["target"][()] if "target" in samples else None
+        self.streams = None if "seed" in samples else streams_in(self.file)
         self.digests: NDArray[Any] = samples["pixels_sha256"].asstr()[()]
 
     def note_resumption(self) -> None:

@@ -28,7 +28,7 @@ class Settings:
 
     Attributes:
         target: what is explained.
-        seeds: one seed, or one per image of the call.
+        seeds: the streams of the call's images, one each.
         precision: dtype of automatic mixed precision, or None.
         channels_last: run passes over many images in the channels_last memory format.
         progress: called with the number of passes (an image forward and backward) that have been done.
@@ -135,22 +135,21 @@ class Chunk:
         return fill_images(self.images, fill, lambda: self.normal(draw), sigma)
 
     def normal(self, draw: int) -> Tensor:
-        """Standard normal numbers of the images' shape; draw `draw` of each image's own stream, [1 or n, C, H, W]."""
+        """Standard normal numbers of the images' shape; draw `draw` of each image's own stream, [n, C, H, W]."""
         return self.numbers(draw, self.images.shape[1:])
 
     def numbers(self, draw: int, shape: Sequence[int], uniform: bool = False) -> Tensor:
-        """Standard normal numbers, or uniform ones in [0, 1): draw `draw` of each image's stream, [1 or n, *shape]."""
+        """Standard normal numbers, or uniform ones in [0, 1): draw `draw` of each image's stream, [n, *shape]."""
         return numbers(self.seeds, draw, shape, self.images, uniform)
 
     def numbers_of(self, row: int, draw: int, shape: Sequence[int]) -> Tensor:
         """Uniform numbers in [0, 1) of one image alone, of a shape of its own: draw `draw` of its stream."""
-        return numbers([self.seeds[row % len(self.seeds)]], draw, shape, self.images, uniform=True)[0]
+        return numbers([self.seeds[row]], draw, shape, self.images, uniform=True)[0]
 
     @property
     def seeds(self) -> Sequence[int]:
-        """The seeds of the chunk: one for all of its images, or one for each."""
-        seeds = self.settings.seeds
-        return seeds if len(seeds) == 1 else seeds[self.rows]
+        """The streams of the chunk's images, one each."""
+        return self.settings.seeds[self.rows]
 
     # --------------------------------------------------------------------------------------------- passes of any images
 

@@ -65,7 +65,7 @@ class Segmented(Perturbing):
         """A label for each pixel, [n, ...], and how many each image has."""
         sides, n = spatial(run.images), len(run.images)
         if self.segments is None:
-            labels = quickshift(run.images, [run.seeds[row % len(run.seeds)] for row in range(n)])
+            labels = quickshift(run.images, run.seeds)
         elif isinstance(self.segments, int):
             labels = cells(sides, self.segments)[None]
         else:

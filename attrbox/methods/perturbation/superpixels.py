@@ -39,7 +39,7 @@ def quickshift(images: Tensor, seeds: Sequence[int]) -> Tensor:
     settings = {"kernel_size": 4, "max_dist": 200, "ratio": 0.2, "convert2lab": images.shape[1] == 3}
     run: Any = segmentation.quickshift
     found = [
-        run(image.permute(1, 2, 0).numpy(), rng=seed % 2**32, **settings)
+        run(image.permute(1, 2, 0).numpy(), rng=seed % 2**31, **settings)
         for image, seed in zip(unit, seeds, strict=True)
     ]
     return torch.from_numpy(np.stack(found)).to(torch.int64)
