@@ -4,7 +4,33 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge
+
+from attrbox.engine.site import Site
+
+
+def site_of(node: Any) -> Site | None:
+    """The site that a node of the graph is of; None if it is another operation's."""
+    records: list[Site] | None = getattr(getattr(node, "replaying", None), "records", None)
+    return None if records is None else records[node.record]
+
+
+def node_of(output: Tensor) -> Any:
+    """The node of the graph that made an activation; of a view, that of what it views, which stays when it is written
+    over."""
+    return output._base.grad_fn if output._is_view() and output._base is not None else output.grad_fn
+
+
+def custom_functions(ends: Iterable[Tensor]) -> list[str]:
+    """Autograd functions of the model's own (checkpoints too): their insides are out of a function mode's sight."""
+    names = [
+        type(node).__name__ for node in _sorted(end.grad_fn for end in ends) if isinstance(node, BackwardCFunction)
+    ]
+    return [name.removesuffix("Backward") for name in names if name not in _OWN_FUNCTIONS]
+
+
+_OWN_FUNCTIONS = frozenset({"SiteFunctionBackward", "LinearMapFunctionBackward"})
 
 
 def on_the_way(edges: Sequence[GradientEdge], score: Tensor) -> list[int]:

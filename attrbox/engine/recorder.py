@@ -15,7 +15,7 @@ import threading
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 from attrbox.core.outputs import tensors
 from attrbox.core.results import Operated
+from attrbox.engine.autograd_graph import custom_functions, node_of
 from attrbox.engine.calling import is_checkpointing
 from attrbox.engine.feature_maps import CONVOLUTIONS, Follower, Grid
 from attrbox.engine.linear_maps import LinearCalls
@@ -35,7 +36,7 @@ from attrbox.engine.operations.linearity import argument, flat, is_activation, i
 from attrbox.engine.operations.operation import Operation, Parts
 from attrbox.engine.operations.products import mark_gate
 from attrbox.engine.operations.table import interpret
-from attrbox.engine.refusals import batch_statistics, checkpointed, drawn_windows
+from attrbox.engine.refusals import batch_statistics, checkpointed, drawn_windows, no_feature_map
 from attrbox.engine.site import ACTIVATIONS, GATES, LAYERS, Site
 from attrbox.engine.site_function import Replaying, SiteFunction
 from attrbox.errors import (
@@ -44,9 +45,10 @@ from attrbox.errors import (
     near_miss,
 )
 
+R = TypeVar("R", Site, Operation)
+
 # Linear layers, where only one of the factors depends on the images.
 _LINEAR_LAYERS = frozenset({"linear", "matmul", "rmatmul", "addmm", "baddbmm", "bmm", "mm", "einsum"})
-_OWN_FUNCTIONS = frozenset({"SiteFunctionBackward", "LinearMapFunctionBackward"})
 
 
 class Recorder(TorchFunctionMode):
@@ -66,7 +68,6 @@ class Recorder(TorchFunctionMode):
         super().__init__()
         self.model = model
         self.layers = layers
-        self.sites: list[Site] = []
         self.passed: list[Operated] = []
         self.unknown: list[Operated] = []
         self.needs = needs
@@ -83,6 +84,7 @@ class Recorder(TorchFunctionMode):
         self._linear = LinearCalls() if twice else None
         self._treats_layers = not LAYERS.isdisjoint(needs)
         self._last_layer: tuple[Site, Operation, Tensor, int] | None = None  # with its output, and its version
+        self._count = 0  # of sites
         self._pairs = Pairs()
         self._copies = copies
         self._reference = reference
@@ -92,6 +94,16 @@ class Recorder(TorchFunctionMode):
         self._calls: Counter[str] = Counter()
         self._operations: Counter[tuple[str, str, int]] = Counter()  # how many ran so far: what, module, call
         self._thread = threading.get_ident()
+
+    @property
+    def records(self) -> list[Site]:
+        """What is known of the operations so far, in order."""
+        return self.replaying.records
+
+    @property
+    def sites(self) -> list[Site]:
+        """The last record of each site."""
+        return list({site.index: site for site in self.records}.values())
 
     def stale(self) -> frozenset[int]:
         """Sites of which a kept activation has been written over since."""
@@ -118,7 +130,7 @@ class Recorder(TorchFunctionMode):
             self._follow(function, result)
             return result
         layer = layer_of(function, args, kwargs) if operation is None and self._treats_layers else None
-        before: Site | None = None  # the layer whose output is the activation's input
+        before: int | None = None  # the layer whose output is the activation's input
         if operation is not None and operation.kind in self.needs:
             before = self._pairs.layer_of(operation.inputs[0]) if operation.kind in ACTIVATIONS else None
             result = self._keep(operation) if self._reference else self._make_site(operation)
@@ -137,7 +149,7 @@ class Recorder(TorchFunctionMode):
         if operation is not None and operation.kind in GATES:
             mark_gate(result)
         if before is not None and operation is not None:
-            self._pairs.pair(before, self.sites[-1], operation.inputs[0], result)
+            self._pairs.pair(before, len(self.records) - 1, operation.inputs[0], result)
         elif self._treats_layers and is_activation(_first(result)):
             self._pairs.used(flat((*args, *kwargs.values())))
         self._follow(function, result)
@@ -146,7 +158,7 @@ class Recorder(TorchFunctionMode):
     def _count_layer(self, name: str, args: Any, kwargs: Any, output: Tensor) -> None:
         """Note a layer: a convolution, or a linear layer, whose output has positions if its channels are not all."""
         if name in CONVOLUTIONS or name in _LINEAR_LAYERS:
-            self.layer_nodes.append((_node(output), name in CONVOLUTIONS or sum(n > 1 for n in output.shape[1:]) > 1))
+            self.layer_nodes.append((node_of(output), name in CONVOLUTIONS or sum(n > 1 for n in output.shape[1:]) > 1))
             self._last_counted = output
         elif name == "batch_norm" and self._last_counted is argument(args, kwargs, 0, "input", None):
             self.layer_nodes[-1] = (output.grad_fn, self.layer_nodes[-1][1])  # it may go around the layer's own node
@@ -158,19 +170,20 @@ class Recorder(TorchFunctionMode):
 
     def _site(self, operation: Operation) -> Site:
         here = self._here(operation.kind)
-        shapes = tuple(i.shape for i in operation.inputs)
         site = Site(
-            len(self.sites),
+            self._count,
             operation.kind,
             here.module,
             here.call,
             operation.pure,
             operation.pull,
-            operation.options,
-            shapes,
+            operation.info,
+            operation.floor,
+            tuple(i.shape for i in operation.inputs),
             here.repeat,
         )
-        self.sites.append(site)
+        self._count += 1
+        self.records.append(site)
         return site
 
     def _here(self, operation: str) -> Operated:
@@ -193,9 +206,9 @@ class Recorder(TorchFunctionMode):
         if copying:  # the model writes over the input or the output later: keep both out of its reach
             inputs = tuple(i.clone() for i in inputs)
         copies = tuple(i.clone() for i in inputs) if operation.in_place and "input" in needs else ()
-        result = SiteFunction.apply(self.replaying, site, operation, needs, *inputs, *copies)
+        result = SiteFunction.apply(self.replaying, len(self.records) - 1, operation, needs, *inputs, *copies)
         output = result[0] if isinstance(result, tuple) else result
-        self.site_nodes[site.index] = _node(output) if operation.in_place else output.grad_fn
+        self.site_nodes[site.index] = node_of(output) if operation.in_place else output.grad_fn
         if copying:
             output = operation.inputs[0].copy_(output) if operation.in_place else output.clone()
             return (output, *result[1:]) if isinstance(result, tuple) else output
@@ -206,12 +219,12 @@ class Recorder(TorchFunctionMode):
         return result
 
     def _make_layer(self, layer: Operation) -> Any:
-        layer.options["first"] = not any(site.kind in LAYERS for site in self.sites)
+        layer = _knowing(layer, first=self._last_layer is None)
         result = self._keep(layer) if self._reference else self._make_site(layer)
         output = _first(result)
-        self._last_layer = (self.sites[-1], layer, output, output._version)
+        self._last_layer = (self.records[-1], layer, output, output._version)
         if not self._reference:
-            self._pairs.made(output, self.sites[-1])
+            self._pairs.made(output, len(self.records) - 1)
         return result
 
     def _with_batch_norm(self, function: Any, args: Any, kwargs: Any) -> Any:
@@ -222,14 +235,13 @@ class Recorder(TorchFunctionMode):
         joined = with_batch_norm(layer, output, function, args, kwargs)
         if joined is None or output._version != version:  # written over in between
             return None
-        joined.options["first"] = layer.options["first"]
         if self._reference:
             result = function(*args, **kwargs)
         else:
-            site = replace(site, function=joined.pure, options=joined.options)
-            self.sites[site.index] = site
+            site = replace(site, function=joined.pure, info=joined.info)
+            self.records.append(site)
             result = self._run_site(site, joined)
-            self._pairs.made(_first(result), site)
+            self._pairs.made(_first(result), len(self.records) - 1)
         self._last_layer = (site, joined, _first(result), _first(result)._version)
         return result
 
@@ -283,40 +295,35 @@ class Recorder(TorchFunctionMode):
             OptionError: a wanted layer does not exist, did not run, or has no feature map.
         """
         returned = list(tensors(output))
-        custom = _custom_functions(returned)
-        last = self._follower.last if self._follower is not None else None
-        if None in self.layers and last is not None:
-            self.feature_maps[None], self.grids[None] = last
+        custom = custom_functions(returned)
+        follower = self._follower
+        if None in self.layers and follower is not None:
+            if follower.last is not None:
+                self.feature_maps[None], self.grids[None] = follower.last
+            elif "CheckpointFunction" in custom:
+                raise checkpointed()
+            else:
+                raise no_feature_map(len(follower.size), follower.convolutions)
         for layer in self.layers:
-            if layer in self.feature_maps:
+            if layer is None or layer in self.feature_maps:
                 continue
-            if layer is None:
-                raise checkpointed() if "CheckpointFunction" in custom else self._no_map()
             near = [name for name in self._names.values() if name]
             if layer not in near:
                 raise OptionError(f"The model has no layer {layer!r}. {near_miss(layer, near)}")
             raise OptionError(f"The layer {layer!r} did not run, or its output depends not on the images.")
-        layers = [site for site in self.sites if site.kind in LAYERS]
-        if layers:
-            layers[-1].options["last"] = True
         self._pairs.used(returned)
+        self._complete_records()
         self.unknown.extend(map(self._here, custom))
 
-    def _no_map(self) -> OptionError:
-        """The refusal of models without a feature map, by what ran."""
-        follower = self._follower
-        assert follower is not None
-        axes = len(follower.size)
-        if not axes:
-            why = "its inputs have no axes of pixels"
-        elif follower.convolutions:
-            why = f"{follower.convolutions} convolutions ran, but none with an output of {axes} axes of pixels"
-        else:
-            why = "neither a convolution nor a linear layer on square patches ran where the recorder sees it"
-        return OptionError(
-            f"The model has no spatial feature map: {why}. Grad-CAM needs one; name it by layer=..., or use another "
-            "method."
-        )
+    def _complete_records(self) -> None:
+        """Enter what is known at the end only: the last layer, and which layers and activations are pairs."""
+        records = self.records
+        for layer, activation in self._pairs.found.items():
+            records[activation] = _knowing(records[activation], layer=records[layer].kind)
+            records[layer] = _knowing(records[layer], activation=records[activation])
+        layers = [place for place, site in enumerate(records) if site.kind in LAYERS]
+        for place in layers[-1:]:
+            records[place] = _knowing(records[place], last=True)
 
     # ------------------------------------------------------------------------------------------- module names
 
@@ -368,29 +375,11 @@ class Recorder(TorchFunctionMode):
         return self._modules[-1][0]
 
 
-def _node(output: Tensor) -> Any:
-    """The node of the graph that made an activation; of a view, that of what it views, which stays when it is written
-    over."""
-    return output._base.grad_fn if output._is_view() and output._base is not None else output.grad_fn
+def _knowing(record: R, **more: Any) -> R:
+    """A record with more in its `info`."""
+    return replace(record, info=replace(record.info, **more))
 
 
 def _first(result: Any) -> Any:
     """What a function returned, or the first of several things."""
     return result[0] if isinstance(result, tuple | list) and result else result
-
-
-def _custom_functions(outputs: Sequence[Tensor]) -> list[str]:
-    """Autograd functions of the model's own (checkpoints too): their insides are out of a function mode's sight."""
-    found: list[str] = []
-    seen: set[Any] = set()
-    todo: list[Any] = [output.grad_fn for output in outputs]
-    while todo:
-        node = todo.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        todo.extend(following for following, _ in node.next_functions)
-        name = type(node).__name__
-        if isinstance(node, torch.autograd.function.BackwardCFunction) and name not in _OWN_FUNCTIONS:
-            found.append(name.removesuffix("Backward"))
-    return found

@@ -1,8 +1,6 @@
 """Models that no rule can be replayed on, and why."""
 
-from attrbox.errors import (
-    UnsupportedModelError,
-)
+from attrbox.errors import OptionError, UnsupportedModelError
 
 
 def checkpointed() -> UnsupportedModelError:
@@ -37,4 +35,22 @@ def drawn_windows(module: str) -> UnsupportedModelError:
         f"The fractional max-pool in {module or 'the model'!r} draws its windows anew in each pass, so the score of an "
         "image is random, and no propagation rule is defined. Give it windows that stay (_random_samples=...); "
         "saliency and other plain-gradient methods run on it as it is."
+    )
+
+
+def no_feature_map(axes: int, convolutions: int) -> OptionError:
+    """The refusal of Grad-CAM on models without a feature map, by what ran.
+
+    Args:
+        axes: of pixels that the images have.
+        convolutions: how many ran.
+    """
+    if not axes:
+        why = "its inputs have no axes of pixels"
+    elif convolutions:
+        why = f"{convolutions} convolutions ran, but none with an output of {axes} axes of pixels"
+    else:
+        why = "neither a convolution nor a linear layer on square patches ran where the recorder sees it"
+    return OptionError(
+        f"The model has no spatial feature map: {why}. Grad-CAM needs one; name it by layer=..., or use another method."
     )

@@ -8,7 +8,7 @@ respect to the site's output becomes the one with respect to its input, in place
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeAlias, TypeVar
 
 import torch
@@ -19,6 +19,7 @@ from attrbox.errors import AttrboxError, RuleError
 
 Gradients: TypeAlias = "Tensor | tuple[Tensor, ...]"
 T = TypeVar("T")
+Info = TypeVar("Info", bound="SiteInfo")
 
 # Kinds of sites. Rectifiers let one half of the axis pass, squashers bound their input; both act element by element.
 RECTIFIERS = frozenset("relu relu6 leaky_relu prelu elu selu celu softplus gelu silu hardswish mish".split())
@@ -38,6 +39,95 @@ LAYERS = frozenset({"convolution", "linear", "batch_norm"})
 
 
 @dataclass(frozen=True, eq=False)
+class SiteInfo:
+    """What a rule may know of a site besides its tensors: one of the classes below, by its kind."""
+
+
+@dataclass(frozen=True, eq=False)
+class FunctionInfo(SiteInfo):
+    """Of elementwise functions.
+
+    Attributes:
+        bounds: between which the output is the input, of functions that cut it off: (0, inf) for ReLU, (0, 6) for
+            ReLU6.
+        layer: the kind of the layer whose output goes into this activation alone, if a rule treats such layers.
+    """
+
+    bounds: tuple[float, float] | None = None
+    layer: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class AxesInfo(SiteInfo):
+    """Of softmaxes, log-sum-exps and lengths: along which axes, and whether these stay in the output as 1."""
+
+    dim: Any
+    keepdim: bool = True
+
+
+@dataclass(frozen=True, eq=False)
+class PoolInfo(SiteInfo):
+    """Of max-pools: `pool` maps inputs to outputs and the winners' positions, counted along the last `dims` axes;
+    `by_row` tells that each image of the batch has windows of its own."""
+
+    pool: Callable[[Tensor], tuple[Tensor, Tensor]]
+    dims: int
+    by_row: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class NormInfo(SiteInfo):
+    """Of norms of `size` neighboring elements; `centered` ones subtract the mean."""
+
+    size: int
+    weight: Tensor | None
+    centered: bool
+    eps: float
+
+
+@dataclass(frozen=True, eq=False)
+class PairInfo(SiteInfo):
+    """Of operations on two activations.
+
+    Attributes:
+        gates: for each factor of a product, whether a sigmoid made it.
+        constant: whether the numerator of a quotient does not depend on the images.
+        sign: 1 for a maximum, -1 for a minimum.
+    """
+
+    gates: tuple[bool, bool] = (False, False)
+    constant: bool = False
+    sign: int = 1
+
+
+@dataclass(frozen=True, eq=False)
+class LayerInfo(SiteInfo):
+    """Of convolutions, linear layers and batch-norms.
+
+    Attributes:
+        apply: (input, weight, bias) -> output.
+        weight, bias: of the layer, and of the batch-norm that is joined to it.
+        axis: of the outputs, counted from the end.
+        turned: the groups of a transposed convolution; 0 for all others.
+        nonnegative: whether the input is known to be.
+        joined: whether a batch-norm is.
+        first, last: of the layers that ran in the model.
+        activation: the site that alone takes the output.
+    """
+
+    apply: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    weight: Tensor
+    bias: Tensor | None
+    axis: int
+    turned: int = 0
+    nonnegative: bool = False
+    joined: bool = False
+    first: bool = False
+    last: bool = False
+    activation: "Site | None" = None
+
+
+@dataclass(frozen=True, eq=False)
 class Site:
     """One call of a non-linear operation, as a rule sees it during a replay.
 
@@ -48,17 +138,8 @@ class Site:
         call: zero-based index of this call among the module's calls in the forward pass.
         repeat: zero-based index of this operation among those of its kind in that call.
         function: the operation without side effects, inputs -> output, other arguments bound.
-        options: what else a rule may need: `dim` of a softmax, `pool` (input -> output, winners' positions) and `dims`
-            of a max-pool, and whether its windows go `by_row` of the batch, `gates` of a product (for each factor,
-            whether a sigmoid made it), `bounds` of functions that cut their input off: (0, inf) for ReLU, (0, 6) for
-            ReLU6; `floor`, a number that no output of a function of one input is below (-inf: none is known); `size`
-            (neighbouring elements that are normed together), `weight`, `centred` and `eps` of a norm; whether a
-            quotient's numerator is `constant`; the `sign` of a maximum, -1 for a minimum; `weight`, `bias` and `apply`
-            (input, weight, bias -> output) of a layer, whether it is the `first` or (set on that one only) the `last`
-            one of the model, whether its input is known to be `nonnegative`, the `axis` of its channels, counted from
-            the end, the groups of a transposed convolution (`turned`, 0 for all others), whether it has a batch-norm
-            `joined` to it, and the site of the `activation` that alone takes its output; at that activation, the kind
-            of that `layer`.
+        info: what else a rule may need; `about` returns it as one of the classes above.
+        floor: a number that no output is below; -inf if none is known.
         shapes: of the inputs.
 
     The tensors below have the batch first. They are kept only if some rule of the recording `needs` them; reading
@@ -71,13 +152,27 @@ class Site:
     call: int
     function: Callable[..., Tensor]
     pull: "Callable[[Site, Tensor], Gradients] | None" = None  # a faster true gradient than the general one
-    options: dict[str, Any] = field(default_factory=dict)
+    info: SiteInfo = SiteInfo()
+    floor: float = -torch.inf
     shapes: tuple[torch.Size, ...] = ()
     repeat: int = 0
     rule: str = ""  # name of the rule that is being replayed, for messages; none for the true gradient
     saved_inputs: tuple[Tensor, ...] | None = None
     saved_output: Tensor | None = None
     saved_reference: tuple[Tensor, ...] | None = None
+
+    def about(self, kind: type[Info]) -> Info:
+        """The site's `info`, of one class: `site.about(LayerInfo).weight`.
+
+        Raises:
+            RuleError: sites of this kind have another.
+        """
+        if not isinstance(self.info, kind):
+            raise RuleError(
+                f"A {self.kind} has no {kind.__name__} but a {type(self.info).__name__} ({self.where}). Look at "
+                "site.kind before, or leave this kind out of the rule's kinds."
+            )
+        return self.info
 
     @property
     def inputs(self) -> tuple[Tensor, ...]:

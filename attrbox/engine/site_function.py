@@ -32,10 +32,11 @@ class Replaying:
     def __init__(self) -> None:
         self.rule: Rule | None = None
         self.reference: Reference | None = None
+        self.records: list[Site] = []  # a layer that a batch-norm joins has two, of one index
 
-    def gradients(self, site: Site, inputs: Any, output: Tensor | None, shapes: list[Any], grad: Tensor) -> Any:
+    def gradients(self, record: int, inputs: Any, output: Tensor | None, shapes: list[Any], grad: Tensor) -> Any:
         """The gradients that a site passes on, one per input, of the inputs' shapes."""
-        rule = self.rule
+        rule, site = self.rule, self.records[record]
         if rule is not None and not asked(rule, f"asked whether it treats {site.where}", partial(rule.treats, site)):
             rule = None
         reference = self.reference.inputs[site.index] if self.reference else None
@@ -111,7 +112,7 @@ class SiteFunction(torch.autograd.Function):
     """Computes an operation as the model asked for it; its backward asks the rule of the moment."""
 
     @staticmethod
-    def forward(ctx: Any, replaying: Replaying, site: Site, operation: Operation, needs: Any, *tensors: Tensor) -> Any:
+    def forward(ctx: Any, replaying: Replaying, record: int, operation: Operation, needs: Any, *tensors: Tensor) -> Any:
         count = len(operation.inputs)
         inputs, copies = tensors[:count], tensors[count:]
         result = operation.run(*inputs)
@@ -122,7 +123,7 @@ class SiteFunction(torch.autograd.Function):
             result = output = own(result, *inputs)
         if isinstance(result, tuple):
             ctx.mark_non_differentiable(*result[1:])
-        ctx.replaying, ctx.site = replaying, site
+        ctx.replaying, ctx.record = replaying, record
         ctx.shapes = [i.shape for i in inputs]
         ctx.unused = len(copies)
         ctx.kept = count if "input" in needs else 0
@@ -135,5 +136,5 @@ class SiteFunction(torch.autograd.Function):
         saved = ctx.saved_tensors
         inputs = saved[: ctx.kept] if ctx.kept else None
         output = saved[ctx.kept] if len(saved) > ctx.kept else None
-        gradients = ctx.replaying.gradients(ctx.site, inputs, output, ctx.shapes, grad_output)
+        gradients = ctx.replaying.gradients(ctx.record, inputs, output, ctx.shapes, grad_output)
         return (None, None, None, None, *gradients, *(None,) * ctx.unused)

@@ -16,7 +16,7 @@ from attrbox.engine.calling import forward
 from attrbox.engine.feature_maps import Grid
 from attrbox.engine.recorder import Recorder
 from attrbox.engine.refusals import checkpointed, written_over
-from attrbox.engine.site import LAYERS, Rule, Site, asked
+from attrbox.engine.site import LAYERS, PoolInfo, Rule, Site, asked
 from attrbox.engine.site_function import Reference, Replaying
 from attrbox.errors import (
     ForwardError,
@@ -293,7 +293,7 @@ _SCALES = (2.0**12, 2.0**6, 1.0, 2.0**-6, 2.0**-12)
 
 def _broadcasts(site: Site, reference: tuple[Tensor, ...] | None) -> bool:
     """Whether what a reference left at a site stands for all images: its axes are the same, or 1."""
-    return "by_row" not in site.options and (
+    return not (isinstance(site.info, PoolInfo) and site.info.by_row) and (
         reference is None
         or all(
             there.dim() == len(here)

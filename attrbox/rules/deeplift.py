@@ -43,7 +43,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attrbox.engine.site import ELEMENTWISE, KINDS, LAYERS, Gradients, Rule, Site
+from attrbox.engine.site import (
+    ELEMENTWISE,
+    KINDS,
+    LAYERS,
+    AxesInfo,
+    FunctionInfo,
+    Gradients,
+    LayerInfo,
+    NormInfo,
+    PairInfo,
+    PoolInfo,
+    Rule,
+    Site,
+)
 from attrbox.errors import OptionError, shown
 from attrbox.rules.lrp.norms import normed, weighted
 
@@ -88,7 +101,7 @@ class DeepLift(Rule):
         return self.needs | {"derivative"} if kind in ELEMENTWISE else self.needs
 
     def treats(self, site: Site) -> bool:
-        return site.kind in self.kinds and (site.kind not in LAYERS or "activation" in site.options)
+        return site.kind in self.kinds and (not isinstance(site.info, LayerInfo) or site.info.activation is not None)
 
     def check(self, sites: Sequence[Site]) -> None:
         revealed = _REVEALED[self.reveal_cancel]
@@ -102,15 +115,16 @@ class DeepLift(Rule):
     def propagate(self, site: Site, grad_output: Tensor) -> Gradients:
         if site.kind in LAYERS:
             return _reveal_cancel(site, grad_output)
-        if site.options.get("layer") in self.kinds:  # done at the layer
+        if exact := _EXACT.get(site.kind):
+            return exact(site, grad_output)
+        if site.about(FunctionInfo).layer in self.kinds:  # done at the layer
             return grad_output
-        exact = _EXACT.get(site.kind)
-        return _slope(site).mul_(grad_output) if exact is None else exact(site, grad_output)
+        return _slope(site).mul_(grad_output)
 
 
 def _slope(site: Site) -> Tensor:
     x, x0 = site.input, site.reference_input
-    bounds = site.options.get("bounds")
+    bounds = site.about(FunctionInfo).bounds
     if bounds and not torch.is_grad_enabled():
         low, high = bounds
         return _share_between(low, high, x, x0)
@@ -142,10 +156,11 @@ def _near(kind: str, x: Tensor, x0: Tensor) -> Tensor:
 
 
 def _reveal_cancel(site: Site, grad_output: Tensor) -> Tensor:
-    apply, activation = site.options["apply"], site.options["activation"]
+    layer = site.about(LayerInfo)
+    apply, activation = layer.apply, layer.activation
+    assert activation is not None
     x, x0 = site.input, site.reference_input
-    weight, bias = (None if t is None else t.to(x.dtype) for t in (site.options["weight"], site.options["bias"]))
-    assert weight is not None
+    weight, bias = layer.weight.to(x.dtype), None if layer.bias is None else layer.bias.to(x.dtype)
     twice = torch.is_grad_enabled()
     with torch.enable_grad():
         change = x - x0 if twice and x.requires_grad else (x - x0).detach().requires_grad_()
@@ -183,7 +198,7 @@ def _share_between(low: float, high: float, x: Tensor, x0: Tensor) -> Tensor:
 
 
 def _max_pool(site: Site, grad_output: Tensor) -> Tensor:
-    dims, pool = site.options["dims"], site.options["pool"]
+    dims, pool = site.about(PoolInfo).dims, site.about(PoolInfo).pool
     x, x0 = site.input, site.reference_input
     (y, winner), (y0, winner0) = pool(x), pool(x0)
     change = (x - x0).flatten(-dims)
@@ -197,20 +212,20 @@ def _max_pool(site: Site, grad_output: Tensor) -> Tensor:
 
 
 def _softmax(site: Site, grad_output: Tensor) -> Tensor:
-    dim = site.options["dim"]
+    dim = site.about(AxesInfo).dim
     below, below0, weight = _level(site.input, site.reference_input, dim)
     through = grad_output * _exp_slope(below, below0)  # of p_i in x_i - L
     return through - weight * through.sum(dim, keepdim=True)
 
 
 def _log_softmax(site: Site, grad_output: Tensor) -> Tensor:
-    dim = site.options["dim"]
+    dim = site.about(AxesInfo).dim
     *_, weight = _level(site.input, site.reference_input, dim)
     return grad_output - weight * grad_output.sum(dim, keepdim=True)
 
 
 def _logsumexp(site: Site, grad_output: Tensor) -> Tensor:
-    *_, weight = _level(site.input, site.reference_input, site.options["dim"])
+    *_, weight = _level(site.input, site.reference_input, site.about(AxesInfo).dim)
     return weight * _kept(site, grad_output)
 
 
@@ -239,8 +254,8 @@ def _below(x: Tensor, dim: Any) -> tuple[Tensor, Tensor]:
 
 def _kept(site: Site, reduced: Tensor) -> Tensor:
     """What a reduction returned, with the reduced axes as 1."""
-    dim = site.options["dim"]
-    if site.options["keepdim"]:
+    dim = site.about(AxesInfo).dim
+    if site.about(AxesInfo).keepdim:
         return reduced
     dims = range(site.input.dim()) if dim is None else (dim,) if isinstance(dim, int) else dim
     for axis in sorted(axis % site.input.dim() for axis in dims):
@@ -276,7 +291,8 @@ def _matmul(site: Site, grad_output: Tensor) -> Gradients:
 
 def _maximum(site: Site, grad_output: Tensor) -> Gradients:
     (a, b), (a0, b0) = site.inputs, site.reference_inputs
-    lead, lead0 = (a - b) * site.options["sign"], (a0 - b0) * site.options["sign"]
+    sign = site.about(PairInfo).sign
+    lead, lead0 = (a - b) * sign, (a0 - b0) * sign
     flat = lead == lead0
     rise = (lead.clamp(min=0) - lead0.clamp(min=0)) / (lead - lead0).masked_fill(flat, 1.0)
     share = torch.where(flat, (lead > 0).to(rise.dtype), rise)
@@ -296,7 +312,7 @@ def _norm(site: Site, grad_output: Tensor) -> Tensor:
     g, scale = weighted(site, grad_output), 2 / (s + _tiled(s0, s))
     share = (g * (c / s + _tiled(c0 / s0, c))).mean(1, keepdim=True)  # twice that of ds
     g = g * scale - (c + _tiled(c0, c)) * (share * (scale / 2) ** 2)
-    if site.options["centred"]:
+    if site.about(NormInfo).centered:
         g = g - g.mean(1, keepdim=True)
     return g.view(grad_output.shape)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from attrbox.engine.site import RECTIFIERS, Gradients, Rule, Site
+from attrbox.engine.site import RECTIFIERS, FunctionInfo, Gradients, Rule, Site
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class GuidedBackprop(Rule):
     kinds = RECTIFIERS
 
     def propagate(self, site: Site, grad_output: Tensor) -> Tensor:
-        if "bounds" in site.options:  # f' is 0 or 1, so the order does not matter, and the product is ours to write on
+        if site.about(FunctionInfo).bounds:  # f' is 0 or 1: the order does not matter, and the product is ours to write
             return _one(site.true_gradient(grad_output)).relu_()
         return _one(site.true_gradient(grad_output.relu()))
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from attrbox.core.results import Operated
-from attrbox.engine.site import LAYERS, Rule, Site
+from attrbox.engine.site import LAYERS, LayerInfo, Rule, Site
 from attrbox.errors import ModelError
 
 Place = tuple[int, bool]  # index of the site, and whether a batch-norm is joined to it
@@ -37,14 +37,15 @@ class PatternRule(Rule):
         self.weighted = weighted
 
     def propagate(self, site: Site, grad_output: Tensor) -> Tensor:
-        pattern = self.patterns.get((site.index, site.options["joined"]))
+        layer = site.about(LayerInfo)
+        pattern = self.patterns.get((site.index, layer.joined))
         if pattern is None:
             raise ModelError(f"There is no pattern for {Operated.listed([site])[0]}. Fit them on images that reach it.")
         pattern = pattern.to(site.input)
         if self.weighted:
-            pattern = pattern * site.options["weight"].to(pattern)
+            pattern = pattern * layer.weight.to(pattern)
         differentiable = torch.is_grad_enabled()
         with torch.enable_grad():
             anywhere = torch.zeros_like(site.input, requires_grad=True)  # the layer is linear
-            output = site.options["apply"](anywhere, pattern, None)
+            output = layer.apply(anywhere, pattern, None)
         return torch.autograd.grad(output, anywhere, grad_output, create_graph=differentiable)[0]

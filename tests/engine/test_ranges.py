@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from attrbox.core.model_state import untouched
 from attrbox.engine.operations import elementwise, reductions
-from attrbox.engine.site import ELEMENTWISE, GATES, RECTIFIERS, SQUASHERS, Site
+from attrbox.engine.site import ELEMENTWISE, GATES, RECTIFIERS, SQUASHERS, FunctionInfo, LayerInfo, Site
 from attrbox.engine.tape import record
 from attrbox.rules.deeplift import DeepLift
 from attrbox.rules.lrp.composites import Composite
@@ -127,7 +127,7 @@ def site_of(name: str) -> Site:
 def test_no_output_is_below_the_floor_and_a_sign_that_is_there_is_known(name):
     outputs = (FUNCTIONS | REDUCTIONS)[name](numbers())
     least = outputs[~outputs.isnan()].min().item()  # not defined there
-    floor = site_of(name).options.get("floor", -math.inf)
+    floor = site_of(name).floor
     assert floor <= least
     if name not in ("clamp from a tensor", "tensor ** x"):  # nobody looks at the values of tensors
         assert (floor >= 0) == (least >= 0)
@@ -157,7 +157,7 @@ def test_every_function_is_tried():
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_bounds_are_where_the_function_cuts_off(name):
     site, x = site_of(name), numbers()
-    bounds = site.options.get("bounds")
+    bounds = site.about(FunctionInfo).bounds
     if bounds is not None:
         torch.testing.assert_close(FUNCTIONS[name](x), x.clamp(*bounds))
     clips = site.kind in ("relu", "relu6", "hardtanh") and name not in (
@@ -219,8 +219,8 @@ def test_a_layer_knows_the_sign_of_its_input(name):
 
     with untouched(seeded(build)) as model:
         layers = [site for site in record(model, images(2, 8).abs(), [Composite()]).sites if site.kind == "linear"]
-    known = site_of(name).options.get("floor", -math.inf) >= 0
-    assert [layer.options["nonnegative"] for layer in layers] == [known, False]
+    known = site_of(name).floor >= 0
+    assert [layer.about(LayerInfo).nonnegative for layer in layers] == [known, False]
 
 
 def test_a_constant_beside_a_nonnegative_activation_may_be_negative():

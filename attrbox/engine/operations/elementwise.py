@@ -1,7 +1,7 @@
 """Readers of operations that act element by element: activations, and other functions of one number."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from attrbox.engine.operations.linearity import argument, is_activation
 from attrbox.engine.operations.operation import Function, Operation, Reader, alone, split, writes_in_place
-from attrbox.engine.site import Gradients, Site
+from attrbox.engine.site import FunctionInfo, Gradients, Site, SiteInfo
 
 aten: Any = torch.ops.aten
 
@@ -44,8 +44,8 @@ class Unary:
         reading = self.read(rest, kwargs)
         writes = writes_in_place(function, rest, kwargs, self.inplace)
         pure = (reading.fresh or (lambda x: run(x.clone()))) if writes else run
-        options = {"floor": max(self.floor, reading.floor), **reading.options}
-        return Operation(reading.kind, (input,), run, pure, writes, reading.pull, self.pulls_from, options)
+        floor = max(self.floor, reading.floor)
+        return Operation(reading.kind, (input,), run, pure, writes, reading.pull, self.pulls_from, reading.info, floor)
 
     def read(self, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> "Reading":
         return Reading(self.kind, self.pull)
@@ -57,7 +57,7 @@ class Reading:
 
     kind: str
     pull: Callable[[Site, Tensor], Gradients] | None = None
-    options: dict[str, Any] = field(default_factory=dict)
+    info: SiteInfo = FunctionInfo()
     fresh: Callable[[Tensor], Tensor] | None = None
     floor: float = -torch.inf
 
@@ -82,7 +82,7 @@ def _straight(low: float, high: float) -> Reading:
         return aten.hardtanh_backward(grad_output, site.output, low, high)
 
     kind = "relu6" if low == 0 else "hardtanh"
-    return Reading(kind, pull, {"bounds": (low, high)}, lambda x: F.hardtanh(x, low, high), low)
+    return Reading(kind, pull, FunctionInfo((low, high)), lambda x: F.hardtanh(x, low, high), low)
 
 
 class _Clamp(Unary):
@@ -100,7 +100,7 @@ def _clipped(low: float, high: float) -> Reading:
     if low > high:  # all outputs are `high`
         return Reading("hardtanh", floor=high)
     kind = "hardtanh" if low != 0 else "relu" if high == torch.inf else "relu6"
-    return Reading(kind, options={"bounds": (low, high)}, floor=low)
+    return Reading(kind, info=FunctionInfo((low, high)), floor=low)
 
 
 class _ClampMax(Unary):
@@ -135,7 +135,7 @@ class _RandomLeakyRelu(Unary):
 
 class _Relu(Unary):
     def read(self, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Reading:
-        return Reading("relu", _relu_pull, {"bounds": (0.0, torch.inf)}, torch.relu, 0.0)
+        return Reading("relu", _relu_pull, FunctionInfo((0.0, torch.inf)), torch.relu, 0.0)
 
 
 class _Softplus(Unary):
@@ -178,10 +178,11 @@ def _power(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     number = None if isinstance(constant, Tensor) else constant
     if x is exponent:
         above = number is not None and number >= 0
-        options = {"floor": 0.0 if above else -torch.inf}
-        return Operation(
-            "exp", (x,), lambda x: torch.pow(constant, x), lambda x: torch.pow(constant, x), options=options
-        )
+
+        def raised(x: Tensor) -> Tensor:
+            return torch.pow(constant, x)
+
+        return Operation("exp", (x,), raised, raised, info=FunctionInfo(), floor=0.0 if above else -torch.inf)
     # An even power is never negative; one that is no whole number is not defined below 0.
     above = number is not None and (number % 2 == 0 or not float(number).is_integer())
     return Operation(
@@ -190,7 +191,8 @@ def _power(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         lambda x: function(x, *rest, **others),
         lambda x: torch.pow(x, constant),
         writes_in_place(function, rest, others),
-        options={"floor": 0.0 if above else -torch.inf},
+        info=FunctionInfo(),
+        floor=0.0 if above else -torch.inf,
     )
 
 

@@ -13,22 +13,24 @@ or along another axis than the layer's outputs, is a layer of its own, y = s x +
 computes what the model asked for, bit for bit.
 
 Rules that treat a layer and the activation behind it as one ask for pairs: where a layer's output goes into one
-activation and nowhere else, each site names the other (`Pairs`).
+activation and nowhere else, each site knows of the other (`Pairs`).
 """
 
 import weakref
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attrbox.engine.autograd_graph import site_of
 from attrbox.engine.operations.batch_norm import SPELLINGS, batch_norm_of
 from attrbox.engine.operations.contractions import contraction_of
 from attrbox.engine.operations.linearity import argument, is_activation
 from attrbox.engine.operations.operation import Function, Operation
-from attrbox.engine.site import Site
+from attrbox.engine.site import LayerInfo
 
 _KINDS: dict[Function, str] = {
     **dict.fromkeys((torch.conv1d, torch.conv2d, torch.conv3d), "convolution"),
@@ -131,11 +133,9 @@ def _layer(
     bias: Tensor | None,
     axis: int,
     groups: int = 0,
-    joined: bool = False,
 ) -> Operation:
-    options = {"apply": apply, "weight": weight, "bias": bias, "nonnegative": _is_nonnegative(x), "axis": axis}
-    options |= {"turned": groups, "joined": joined}
-    return Operation(kind, (x,), run, lambda x: apply(x, weight, bias), options=options)
+    info = LayerInfo(apply, weight, bias, axis, groups, _is_nonnegative(x))
+    return Operation(kind, (x,), run, lambda x: apply(x, weight, bias), info=info)
 
 
 def with_batch_norm(
@@ -146,21 +146,18 @@ def with_batch_norm(
     affine = norm.affine if norm else None
     if norm is None or affine is None or norm.input is not output or not norm.constant:
         return None
-    axis, groups = layer.options["axis"], layer.options["turned"]
-    if output.dim() + axis != 1:  # a batch-norm's channels are axis 1, a linear layer's outputs the last one
+    info = layer.info
+    assert isinstance(info, LayerInfo)
+    if output.dim() + info.axis != 1:  # a batch-norm's channels are axis 1, a linear layer's outputs the last one
         return None
-    (scale, shift), bias = affine, layer.options["bias"]
-    run = _with_input(function, args, kwargs)
-    return _layer(
-        layer.kind,
-        layer.inputs[0],
-        lambda x: run(output.detach()),
-        layer.options["apply"],
-        _scaled(layer.options["weight"], scale, groups),
-        shift if bias is None else bias * scale + shift,
-        axis,
-        groups,
-        joined=True,
+    scale, shift = affine
+    weight, bias = _scaled(info.weight, scale, info.turned), shift if info.bias is None else info.bias * scale + shift
+    run, apply = _with_input(function, args, kwargs), info.apply
+    return replace(
+        layer,
+        run=lambda x: run(output.detach()),
+        pure=lambda x: apply(x, weight, bias),
+        info=replace(info, weight=weight, bias=bias, joined=True),
     )
 
 
@@ -173,35 +170,40 @@ def _scaled(weight: Tensor, scale: Tensor, groups: int) -> Tensor:
 
 
 class Pairs:
-    """Finds the layers whose output goes into one activation and nowhere else, call by call."""
+    """Finds the layers whose output goes into one activation and nowhere else, call by call.
+
+    Attributes:
+        found: the layer's record -> the activation's, by their numbers.
+    """
 
     def __init__(self) -> None:
-        self._unused: dict[int, tuple[weakref.ref[Tensor], int, Site]] = {}  # by the output's identity: version, layer
-        self._paired: dict[int, tuple[weakref.ref[Tensor], Site, Site]] = {}  # likewise: layer, activation
+        self.found: dict[int, int] = {}
+        self._unused: dict[int, tuple[weakref.ref[Tensor], int, int]] = {}  # by the output's identity: version, layer
+        self._paired: dict[int, tuple[weakref.ref[Tensor], int]] = {}  # likewise: layer
 
-    def made(self, output: Tensor, layer: Site) -> None:
+    def made(self, output: Tensor, layer: int) -> None:
         """A layer has run."""
         self._unused[id(output)] = weakref.ref(output), output._version, layer
 
-    def layer_of(self, x: Tensor) -> Site | None:
+    def layer_of(self, x: Tensor) -> int | None:
         """The layer whose output, not used yet, an activation is about to take."""
         found, version, layer = self._unused.get(id(x), (None, 0, None))
         return layer if found is not None and found() is x and x._version == version else None
 
-    def pair(self, layer: Site, activation: Site, x: Tensor, result: Tensor) -> None:
+    def pair(self, layer: int, activation: int, x: Tensor, result: Tensor) -> None:
         """It has taken it."""
-        layer.options["activation"], activation.options["layer"] = activation, layer.kind
-        found, *_ = self._unused.pop(id(x))
+        self.found[layer] = activation
+        output, *_ = self._unused.pop(id(x))
         if result is not x:  # in place, nobody else can take it any more
-            self._paired[id(x)] = found, layer, activation
+            self._paired[id(x)] = output, layer
 
     def used(self, tensors: Iterable[Any]) -> None:
         """Something else has taken these."""
         for tensor in tensors:
             self._unused.pop(id(tensor), None)
-            found, layer, activation = self._paired.get(id(tensor), (None, None, None))
-            if found is not None and found() is tensor and layer is not None and activation is not None:
-                del self._paired[id(tensor)], layer.options["activation"], activation.options["layer"]
+            output, layer = self._paired.get(id(tensor), (None, -1))
+            if output is not None and output() is tensor:
+                del self._paired[id(tensor)], self.found[layer]
 
 
 # Autograd's names of operations whose outputs have the signs of their inputs.
@@ -220,12 +222,11 @@ def _is_nonnegative(x: Tensor) -> bool:
     todo = [x.grad_fn]
     while todo:
         node = todo.pop()
-        site = getattr(node, "site", None)
-        options = site.options if isinstance(site, Site) else {}
-        if options.get("floor", -1) >= 0:
+        site = site_of(node)
+        if site is not None and site.floor >= 0:
             continue
         keeping = type(node).__name__.rstrip("0123456789") in _KEEPING
-        if not (keeping or (isinstance(site, Site) and site.kind == "max_pool")):
+        if not (keeping or (site is not None and site.kind == "max_pool")):
             return False
         todo.extend(following for following, _ in node.next_functions)  # type: ignore[union-attr]
     return True

@@ -1,13 +1,14 @@
 """What an intercepted call is to the engine: an `Operation`, or `Parts`; and how readers take arguments apart."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from attrbox.engine.operations.linearity import argument, is_activation
-from attrbox.engine.site import LAYERS, Gradients, Site
+from attrbox.engine.site import LAYERS, Gradients, Site, SiteInfo
 
 Function = Callable[..., Any]
 
@@ -23,7 +24,8 @@ class Operation:
     in_place: bool = False
     pull: Callable[[Site, Tensor], Gradients] | None = None  # true gradient without running `pure` again
     pulls_from: str = "output"  # what `pull` reads
-    options: dict[str, Any] = field(default_factory=dict)
+    info: SiteInfo = SiteInfo()
+    floor: float = -torch.inf  # no output is below it
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attrbox.engine.autograd_graph import site_of
 from attrbox.engine.operations.elementwise import spellings
 from attrbox.engine.operations.linearity import argument, is_activation, product_of
 from attrbox.engine.operations.operation import Function, Operation, Reader, split, writes_in_place
-from attrbox.engine.site import GATES, Gradients, Site
+from attrbox.engine.site import GATES, FunctionInfo, Gradients, PairInfo, Site
 
 
 def _product(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operation | None:
@@ -17,9 +18,9 @@ def _product(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     second = argument(rest, kwargs, 0, "other", None)
     if not (is_activation(first) and is_activation(second)) or kwargs.get("out") is not None:
         return None
-    gates = (_is_gate(first), _is_gate(second))
+    info = PairInfo(gates=(_is_gate(first), _is_gate(second)))
     writes = writes_in_place(function, rest, kwargs)
-    return Operation("product", (first, second), function, torch.mul, writes, options={"gates": gates})
+    return Operation("product", (first, second), function, torch.mul, writes, info=info)
 
 
 def _is_gate(factor: Tensor) -> bool:
@@ -31,8 +32,8 @@ def _is_gate(factor: Tensor) -> bool:
             return False
         name = type(node).__name__.rstrip("0123456789")
         makers = [following for following, _ in node.next_functions]
-        site = getattr(node, "site", None)
-        if _GATE in _notes(node) or (isinstance(site, Site) and site.kind in GATES):
+        site = site_of(node)
+        if _GATE in _notes(node) or (site is not None and site.kind in GATES):
             continue
         if name in ("SigmoidBackward", "HardsigmoidBackward"):
             continue
@@ -84,12 +85,13 @@ def _quotient(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any])
     if not is_activation(below) or kwargs.get("out") is not None or kwargs.get("rounding_mode") is not None:
         return None
     if not isinstance(above, Tensor):
-        return Operation("power", (below,), lambda b: above / b, lambda b: above / b)
+        return Operation("power", (below,), lambda b: above / b, lambda b: above / b, info=FunctionInfo())
     if not above.is_floating_point():
         return None
     writes = writes_in_place(function, rest, kwargs)
     run = function if writes else torch.div
-    return Operation("quotient", (above, below), run, torch.div, writes, options={"constant": not is_activation(above)})
+    info = PairInfo(constant=not is_activation(above))
+    return Operation("quotient", (above, below), run, torch.div, writes, info=info)
 
 
 _TURNED = frozenset({Tensor.__rtruediv__, Tensor.__rdiv__})
@@ -113,7 +115,8 @@ def _bilinear(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any])
 
     first, second = (values[place] for place in places)
     plain = function in _MATRIX_PRODUCTS and first.dim() > 1 and second.dim() > 1
-    return Operation("matmul", (first, second), run, run, pull=_matmul_pull if plain else None, pulls_from="input")
+    pull = _matmul_pull if plain else None
+    return Operation("matmul", (first, second), run, run, pull=pull, pulls_from="input", info=PairInfo())
 
 
 def _matmul_pull(site: Site, grad_output: Tensor) -> Gradients:
@@ -136,7 +139,7 @@ def _extremum(sign: int) -> Reader:
         if not any(is_activation(t) for t in both):
             return None
         run = torch.maximum if sign > 0 else torch.minimum
-        return Operation("maximum", both, run, run, options={"sign": sign})
+        return Operation("maximum", both, run, run, info=PairInfo(sign=sign))
 
     return read
 

@@ -1,7 +1,7 @@
 """Readers of operations along axes: softmaxes, largest values, and norms."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,16 +11,18 @@ from torch import Tensor
 from attrbox.engine.operations.elementwise import Reading, Unary, spellings
 from attrbox.engine.operations.linearity import argument, is_activation
 from attrbox.engine.operations.operation import Function, Operation, Reader, alone, split
+from attrbox.engine.site import AxesInfo, NormInfo, PoolInfo
 
 
 class _Softmax(Unary):
     def read(self, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Reading:
-        return Reading(self.kind, options={"dim": argument(rest, kwargs, 0, "dim", None)})
+        return Reading(self.kind, info=AxesInfo(argument(rest, kwargs, 0, "dim", None)))
 
     def __call__(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operation | None:
         operation = super().__call__(function, args, kwargs)
         # Without `dim`, F.softmax guesses it and warns: left to the true derivative, and named in the coverage.
-        return operation if operation and operation.options["dim"] is not None else None
+        info = operation.info if operation else None
+        return operation if isinstance(info, AxesInfo) and info.dim is not None else None
 
 
 class _Reduction(_Softmax):
@@ -31,7 +33,7 @@ class _Reduction(_Softmax):
     def read(self, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Reading:
         dim = argument(rest, kwargs, self.position, "dim", None)
         keepdim = argument(rest, kwargs, self.position + 1, "keepdim", False)
-        return Reading(self.kind, options={"dim": dim, "keepdim": keepdim})
+        return Reading(self.kind, info=AxesInfo(dim, keepdim))
 
 
 class _VectorNorm(_Reduction):
@@ -51,6 +53,7 @@ class _MaxPool:
     dims: int
     indices: Function
     returns: int  # position of `return_indices` after the input, in the functional spelling
+    by_row = False
 
     def __call__(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operation | None:
         input, rest, kwargs = split(args, kwargs)
@@ -65,17 +68,17 @@ class _MaxPool:
         def pool(x: Tensor) -> Any:
             return self.indices(x, *positional, **plain, return_indices=True)
 
-        return Operation("max_pool", (input,), run, lambda x: pool(x)[0], options={"pool": pool, "dims": self.dims})
+        return Operation("max_pool", (input,), run, lambda x: pool(x)[0], info=PoolInfo(pool, self.dims, self.by_row))
 
 
 class _FractionalMaxPool(_MaxPool):
     """Windows drawn beforehand, [N, C, dims] numbers, so that a reference needs as many rows as the images."""
 
+    by_row = True
+
     def __call__(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operation | None:
-        found = super().__call__(function, args, kwargs)
-        if found is None or kwargs.get("_random_samples") is None:  # drawn anew in each pass: the recorder refuses it
-            return None
-        return replace(found, options={**found.options, "by_row": True})
+        drawn_anew = kwargs.get("_random_samples") is None  # in each pass: the recorder refuses it
+        return None if drawn_anew else super().__call__(function, args, kwargs)
 
 
 def _amax(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operation | None:
@@ -90,19 +93,19 @@ def _amax(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     def pool(x: Tensor) -> Any:
         return x.max(-1, keepdim=True)
 
-    return Operation("max_pool", (taken[0],), run, run, options={"pool": pool, "dims": 1})
+    return Operation("max_pool", (taken[0],), run, run, info=PoolInfo(pool, 1))
 
 
 # ---------------------------------------------------------------------------------------------------------- norms
 
 
-def _norm(sizes: Callable[[Tensor, Any], int], eps: int, centred: bool = True, channels: bool = True) -> Reader:
+def _norm(sizes: Callable[[Tensor, Any], int], eps: int, centered: bool = True, channels: bool = True) -> Reader:
     """Reads calls of a norm over groups of neighbouring elements.
 
     Args:
         sizes: input, argument behind it -> elements in each group.
         eps: position of that argument after the input; the weight is two places before a bias, three else.
-        centred: whether the mean is subtracted.
+        centered: whether the mean is subtracted.
         channels: whether weights belong to the channels, or to the last axes.
     """
 
@@ -118,23 +121,13 @@ def _norm(sizes: Callable[[Tensor, Any], int], eps: int, centred: bool = True, c
         if weight is not None and channels:
             weight = weight.view(-1, *(1,) * (input.dim() - 2))
         groups = rest[0] if rest else kwargs.get("num_groups", kwargs.get("normalized_shape"))
-        tiny = argument(rest, kwargs, eps, "eps", 1e-5 if centred else None)
+        tiny = argument(rest, kwargs, eps, "eps", 1e-5 if centered else None)
 
         def run(x: Tensor) -> Any:
             return function(x, *rest, **kwargs)
 
-        return Operation(
-            "norm",
-            (input,),
-            run,
-            run,
-            options={
-                "size": sizes(input, groups),
-                "weight": weight,
-                "centred": centred,
-                "eps": torch.finfo(input.dtype).eps if tiny is None else tiny,
-            },
-        )
+        tiny = torch.finfo(input.dtype).eps if tiny is None else tiny
+        return Operation("norm", (input,), run, run, info=NormInfo(sizes(input, groups), weight, centered, tiny))
 
     return read
 
@@ -183,5 +176,5 @@ READERS: dict[Reader, tuple[Function, ...]] = {
     _norm(_last_axes, 3, channels=False): (F.layer_norm, torch.layer_norm),
     _norm(_channel_groups, 3): (F.group_norm, torch.group_norm),
     _norm(_planes, 6): (F.instance_norm,),
-    _norm(_last_axes, 2, centred=False, channels=False): (F.rms_norm, torch.rms_norm),
+    _norm(_last_axes, 2, centered=False, channels=False): (F.rms_norm, torch.rms_norm),
 }

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from attrbox.core.fills import gaussian_blur, need_images
 from attrbox.core.results import Coverage, Operated
-from attrbox.engine.site import Site
+from attrbox.engine.site import FunctionInfo, Site
 from attrbox.engine.tape import Tape, record
 from attrbox.errors import ModelError, OptionError
 from attrbox.methods.base import Method
@@ -115,7 +115,7 @@ def sites_within(tape: Tape, modules: str | None) -> list[Site]:
 
 def _guards(site: Site) -> bool:
     """Whether a site is a clamp that keeps a number away from 0, as in front of a division."""
-    low, high = site.options.get("bounds") or (0, 0)
+    low, high = site.about(FunctionInfo).bounds or (0, 0)
     return not low <= 0 <= high
 
 

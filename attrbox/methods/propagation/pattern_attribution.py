@@ -11,7 +11,7 @@ from attrbox.core.hashing import architecture_hash, known_weights_hash
 from attrbox.core.options import REQUIRED, option
 from attrbox.core.tensor_files import read_tensors, write_tensors
 from attrbox.core.validation import check_flag
-from attrbox.engine.site import LAYERS, Rule, Site
+from attrbox.engine.site import LAYERS, LayerInfo, Rule, Site
 from attrbox.engine.tape import Tape
 from attrbox.errors import ModelError, OptionError, shown
 from attrbox.methods.base import Method, register_method
@@ -30,7 +30,7 @@ class LayerNames:
         self._names = {site.index: site.name for site in tape.sites if site.kind in LAYERS}
 
     def __getitem__(self, site: Site) -> str:
-        return self._names[site.index] + ("+norm" if site.options["joined"] else "")
+        return self._names[site.index] + ("+norm" if site.about(LayerInfo).joined else "")
 
     def places(self) -> dict[str, Place]:
         """Where each name is, with and without a batch-norm."""

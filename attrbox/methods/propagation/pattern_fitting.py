@@ -27,7 +27,7 @@ from attrbox.core.hashing import architecture_hash, tensors_hash, weights_hash
 from attrbox.core.model_state import check_model, untouched
 from attrbox.core.outputs import unwrap
 from attrbox.core.validation import check_choice, check_count, check_images
-from attrbox.engine.site import LAYERS, RECTIFIERS, Rule, Site
+from attrbox.engine.site import LAYERS, RECTIFIERS, LayerInfo, Rule, Site
 from attrbox.engine.tape import record
 from attrbox.errors import InputError, UnsupportedModelError
 from attrbox.methods.propagation.pattern_attribution import LayerNames, Patterns
@@ -137,7 +137,7 @@ class _Fitting(Rule):
         assert self.names is not None
         if site.kind in RECTIFIERS:
             return site.true_gradient(grad_output)
-        if site.options["turned"]:
+        if site.about(LayerInfo).turned:
             raise UnsupportedModelError(
                 f"Patterns are not defined at transposed convolutions, whose outputs see different parts of the kernel "
                 f"({site.where}). Use another method."
@@ -146,16 +146,17 @@ class _Fitting(Rule):
         return site.true_gradient(grad_output)
 
     def _add(self, name: str, site: Site) -> None:
-        bias, weight = site.options["bias"], site.options["weight"].detach()
+        layer = site.about(LayerInfo)
+        bias, weight = layer.bias, layer.weight.detach()
         with torch.enable_grad():
             leaf = weight.clone().requires_grad_()
-            output = site.options["apply"](site.input.detach(), leaf, None)
+            output = layer.apply(site.input.detach(), leaf, None)
         y = output.detach()
-        axis = y.dim() + site.options["axis"]
+        axis = y.dim() + layer.axis
         neurons = [-1 if place == axis else 1 for place in range(y.dim())]
         others = [place for place in range(y.dim()) if place != axis]
         level = 0 if bias is None else bias.view(neurons)
-        every = self.linear or "activation" not in site.options
+        every = self.linear or layer.activation is None
         fires = torch.ones_like(y) if every else (y + level > 0).to(y.dtype)
         if name not in self.sums:
             self.sums[name] = _Sums.empty(weight, y.mean(others))

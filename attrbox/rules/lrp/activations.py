@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attrbox.engine.site import ELEMENTWISE, Gradients, Rule, Site
+from attrbox.engine.site import ELEMENTWISE, Gradients, NormInfo, PairInfo, Rule, Site
 from attrbox.errors import OptionError, shown
 from attrbox.rules.lrp.norms import normed, weighted
 
@@ -63,7 +63,7 @@ class LRPEpsilon(Rule):
 
 def _product(site: Site, grad_output: Tensor) -> Gradients:
     first, second = _pair(site.true_gradient(grad_output))
-    match site.options.get("gates"):
+    match site.about(PairInfo).gates:
         case (True, False):
             return torch.zeros_like(first), second
         case (False, True):
@@ -75,14 +75,14 @@ def _product(site: Site, grad_output: Tensor) -> Gradients:
 def _quotient(site: Site, grad_output: Tensor) -> Gradients:
     """All to the numerator; where that is constant, to the denominator, as at any function of one input."""
     above, below = site.inputs
-    if site.options["constant"]:
+    if site.about(PairInfo).constant:
         return torch.zeros_like(grad_output), grad_output * (above / below**2)
     return grad_output / below, torch.zeros_like(below)
 
 
 def _norm(site: Site, grad_output: Tensor) -> Tensor:
     grad = weighted(site, grad_output) / normed(site, site.input)[1]
-    if site.options["centred"]:
+    if site.about(NormInfo).centered:
         grad = grad - grad.mean(1, keepdim=True)
     return grad.view(grad_output.shape)
 

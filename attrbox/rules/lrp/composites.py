@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attrbox.engine.site import LAYERS, Gradients, Rule, Site
+from attrbox.engine.site import LAYERS, Gradients, LayerInfo, Rule, Site
 from attrbox.errors import OptionError, shown
 from attrbox.rules.lrp.activations import LRPEpsilon
 from attrbox.rules.lrp.layers import Epsilon, LayerRule, Losses, nonzero
@@ -64,9 +64,10 @@ class Composite(Rule):
 
     def rule_at(self, site: Site) -> LayerRule:
         """The rule of a layer."""
+        layer = site.about(LayerInfo)
+        places = {ANY, site.kind} | ({FIRST} if layer.first else set()) | ({LAST} if layer.last else set())
         for where, rule in self.places:
-            fits = site.options.get(where, False) if where in (FIRST, LAST) else where in (ANY, site.kind)
-            if fits or fnmatch.fnmatchcase(site.module, where):
+            if where in places or fnmatch.fnmatchcase(site.module, where):
                 return rule
         return Epsilon()
 

@@ -23,14 +23,14 @@ quotient is taken by `nonzero(x)`, and whoever multiplies by the input does so b
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from attrbox.engine.site import Site
+from attrbox.engine.site import LayerInfo, Site
 from attrbox.errors import OptionError, shown
 
 
@@ -77,12 +77,10 @@ class Layer:
 
     def __init__(self, site: Site) -> None:
         self.x = site.input
-        self.weight: Tensor = site.options["weight"].to(self.x.dtype)
-        bias = site.options["bias"]
-        self.bias: Tensor | None = None if bias is None else bias.to(self.x.dtype)
-        self.nonnegative: bool = site.options["nonnegative"]
-        self.axis: int = site.options["axis"]
-        self._apply: Callable[[Tensor, Tensor, Tensor | None], Tensor] = site.options["apply"]
+        info = site.about(LayerInfo)
+        self.weight = info.weight.to(self.x.dtype)
+        self.bias = None if info.bias is None else info.bias.to(self.x.dtype)
+        self.nonnegative, self.axis, self._apply = info.nonnegative, info.axis, info.apply
         self.plain = self.term(self.x, self.weight, self.bias, 1.0)
 
     def term(self, u: Tensor, weight: Tensor, bias: Tensor | None, ratio: Tensor | float | None) -> Term:
