@@ -3,7 +3,7 @@
 It runs the model under a `TorchFunctionMode`, which sees every torch function that the model calls, however it is
 spelt. Each call that a rule may touch becomes a *site*: an `autograd.Function` that computes what the caller asked for
 and whose backward asks the rule that is being replayed. Nothing is hooked onto or changed in the model, and a module
-that runs five times is five sites. This is the only file with function modes and autograd functions.
+that runs five times is five sites.
 
 In-place operations stay in place; where a rule reads the input, a copy of it is kept. If the model later writes over
 an activation that a rule needs (which autograd's own formula would have allowed), `stale` names the site, and the pass
