@@ -11,9 +11,9 @@ from typing import Any, ClassVar, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from attrbox.core.dense_tensors import dense
 from attrbox.core.registry import Registry
 from attrbox.core.renaming import renamed
+from attrbox.core.validation import dense
 from attrbox.errors import OptionError, shown
 
 

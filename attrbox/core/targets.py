@@ -24,9 +24,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from attrbox.core.dense_tensors import dense
 from attrbox.core.memory import is_out_of_memory
 from attrbox.core.outputs import Outputs, described, mapped, tensors
+from attrbox.core.validation import dense
 from attrbox.errors import AttrboxError, ModelError, OptionError, TargetError, shown
 
 # What a class scores: the model's output, its lead over the best other class, its softmax, the logarithm of that.

@@ -21,8 +21,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSampler, Subset
 
-from attrbox.core.dense_tensors import dense
 from attrbox.core.hashing import tensor_bytes
+from attrbox.core.validation import dense
 from attrbox.data.images import distinct_names, find_images, open_image
 from attrbox.data.labels import ClassNames, labels_by_table, names_of_labels
 from attrbox.data.maps.attributes import storable

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from attrbox.engine.operations.batch_norm import batch_norm_of
-from attrbox.engine.operations.linearity import argument
+from attrbox.engine.operations.calls import argument
 
 T = TypeVar("T")
 

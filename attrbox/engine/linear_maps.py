@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attrbox.engine.operations.batch_norm import batch_norm_of
-from attrbox.engine.operations.linearity import argument, is_activation
+from attrbox.engine.operations.calls import argument, is_activation
+from attrbox.engine.site_function import own
 
 aten: Any = torch.ops.aten
 
@@ -34,19 +35,6 @@ class LinearMap:
     push: Map
     pull: Map
     scaled: "Callable[[Tensor], LinearMap] | None" = None
-
-
-def own(result: Tensor, *inputs: Tensor) -> Tensor:
-    """A result that the model may write over, although autograd lets nobody write over a view that a function returned.
-
-    Kernels return views of fresh memory, which are made plain tensors; a view of an input is copied.
-    """
-    if not result._is_view():
-        return result
-    memory = result.untyped_storage()._cdata
-    if any(memory == tensor.untyped_storage()._cdata for tensor in inputs):
-        return result.clone()
-    return cast(Tensor, aten._unsafe_view(result, result.shape))
 
 
 class LinearMapFunction(torch.autograd.Function):

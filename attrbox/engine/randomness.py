@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from attrbox.core.model_state import generators
 from attrbox.core.results import Operated
 from attrbox.engine.calling import forward
-from attrbox.engine.operations.linearity import name_of
+from attrbox.engine.operations.calls import name_of
 from attrbox.engine.recorder import Recorder
 
 

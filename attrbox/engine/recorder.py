@@ -30,12 +30,10 @@ from attrbox.engine.calling import is_checkpointing
 from attrbox.engine.feature_maps import CONVOLUTIONS, Follower, Grid
 from attrbox.engine.linear_maps import LinearCalls
 from attrbox.engine.operations.batch_norm import batch_norm_of
-from attrbox.engine.operations.decompositions import parts_of
+from attrbox.engine.operations.calls import Operation, Parts, argument, flat, is_activation, name_of
 from attrbox.engine.operations.layers import Pairs, layer_of, with_batch_norm
-from attrbox.engine.operations.linearity import argument, flat, is_activation, is_decision, is_linear, name_of
-from attrbox.engine.operations.operation import Operation, Parts
 from attrbox.engine.operations.products import mark_gate
-from attrbox.engine.operations.table import interpret
+from attrbox.engine.operations.table import interpret, is_decision, is_linear, parts_of
 from attrbox.engine.refusals import batch_statistics, checkpointed, drawn_windows, no_feature_map
 from attrbox.engine.site import ACTIVATIONS, GATES, LAYERS, Site
 from attrbox.engine.site_function import Replaying, SiteFunction

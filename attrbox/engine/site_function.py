@@ -2,19 +2,18 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from attrbox.core.half_precision import HALF, wide
-from attrbox.engine.linear_maps import own
-from attrbox.engine.operations.operation import Operation
-from attrbox.engine.single import plain
+from attrbox.engine.calling import plain
+from attrbox.engine.operations.calls import Operation
 from attrbox.engine.site import Gradients, Rule, Site, asked
-from attrbox.errors import (
-    RuleError,
-)
+from attrbox.errors import RuleError
+
+aten: Any = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -106,6 +105,19 @@ def _propagated(rule: Rule, site: Site, grad: Tensor) -> Gradients:
 
 
 _BYTES_AT_ONCE = 8 * 2**20
+
+
+def own(result: Tensor, *inputs: Tensor) -> Tensor:
+    """A result that the model may write over, although autograd lets nobody write over a view that a function returned.
+
+    Kernels return views of fresh memory, which are made plain tensors; a view of an input is copied.
+    """
+    if not result._is_view():
+        return result
+    memory = result.untyped_storage()._cdata
+    if any(memory == tensor.untyped_storage()._cdata for tensor in inputs):
+        return result.clone()
+    return cast(Tensor, aten._unsafe_view(result, result.shape))
 
 
 class SiteFunction(torch.autograd.Function):

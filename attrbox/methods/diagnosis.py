@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attrbox.core.dense_tensors import dense
 from attrbox.core.model_state import check_model
 from attrbox.core.results import Attribution
+from attrbox.core.validation import dense
 from attrbox.errors import AttrboxError, InputError, NonFiniteWarning
 from attrbox.methods.base import method_registry as registry
 from attrbox.methods.explaining import explain

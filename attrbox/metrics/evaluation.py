@@ -13,14 +13,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from attrbox.core.dense_tensors import dense
 from attrbox.core.half_precision import HALF
 from attrbox.core.memory import images_per_pass
 from attrbox.core.model_state import check_model, untouched
 from attrbox.core.options import choose
 from attrbox.core.random_streams import streams
 from attrbox.core.targets import Target, TargetLike, classes, top
-from attrbox.core.validation import check_count, check_flag, check_images
+from attrbox.core.validation import check_count, check_flag, check_images, dense
 from attrbox.engine.calling import forward
 from attrbox.errors import InputError, OptionError, at_work, shown
 from attrbox.metrics.base import Measurement, Metric, metric_registry as registry

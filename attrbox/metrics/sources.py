@@ -11,9 +11,9 @@ import h5py
 import torch
 from torch import Tensor, nn
 
-from attrbox.core.dense_tensors import dense
 from attrbox.core.random_streams import numbers
 from attrbox.core.results import Attribution, ChannelReduction, Provenance
+from attrbox.core.validation import dense
 from attrbox.data.maps.attributes import options_in, provenance_in, streams_in
 from attrbox.data.maps.reader import MapsFile
 from attrbox.data.maps.schema import dataset_name

@@ -7,8 +7,8 @@ from network_promises import AUDITED, BASELINES, BrokenError, Case, cases, check
 from random_networks import SPELLINGS, Network
 from torch import Tensor
 
-import attrbox.engine.operations.linearity as linearity
 import attrbox.engine.operations.products as products
+import attrbox.engine.operations.table as table
 from attrbox.engine.site import Gradients, Site
 from attrbox.errors import UnsupportedModelError
 from attrbox.rules.deeplift import DeepLift
@@ -92,7 +92,7 @@ def wrong_transposition(patch: pytest.MonkeyPatch) -> None:
 
 
 def forgotten_operation(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(linearity, "_LINEAR", linearity._LINEAR - {"flatten"})
+    patch.setattr(table, "_LINEAR", table._LINEAR - {"flatten"})
 
 
 @pytest.mark.parametrize(

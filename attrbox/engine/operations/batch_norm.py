@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attrbox.engine.operations.linearity import Function, argument, is_activation
+from attrbox.engine.operations.calls import Function, argument, is_activation
 
 aten: Any = torch.ops.aten
 

@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attrbox.engine.operations.calls import Function, argument, is_activation
 from attrbox.engine.operations.elementwise import spellings
-from attrbox.engine.operations.linearity import argument, is_activation
-from attrbox.engine.operations.operation import Function
 
 Change = Callable[[Tensor], Tensor]
 

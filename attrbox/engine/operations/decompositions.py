@@ -12,19 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attrbox.engine.operations.calls import Function, Parts, argument
 from attrbox.engine.operations.dependent import DEPENDENT
 from attrbox.engine.operations.elementwise import root, spellings
-from attrbox.engine.operations.linearity import argument, flat, is_activation
-from attrbox.engine.operations.operation import Function, Parts
 from attrbox.engine.operations.recurrent import gru_cell, lstm_cell, recurrent, rnn_cell
-
-
-def parts_of(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Parts | None:
-    """The parts of a call, or None if it has none or touches no activation."""
-    parts = _TABLE.get(function)
-    if parts is None or not any(is_activation(value) for value in flat((*args, *kwargs.values()))):
-        return None
-    return parts if parts.accepts(args, kwargs) else None
 
 
 def _opened(function: Any) -> Function:
@@ -202,4 +193,4 @@ def _table() -> dict[Function, Parts]:
     return table
 
 
-_TABLE = _table()
+PARTS = _table()

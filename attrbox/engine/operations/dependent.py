@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attrbox.engine.operations.batch_norm import SPELLINGS, batch_norm_of
+from attrbox.engine.operations.calls import Function, Parts, argument, in_place, is_activation
 from attrbox.engine.operations.elementwise import spellings
-from attrbox.engine.operations.linearity import PRODUCTS, argument, is_activation
-from attrbox.engine.operations.operation import Function, Parts, in_place
+from attrbox.engine.operations.products import PRODUCTS
 
 Accepts = Callable[[tuple[Any, ...], dict[str, Any]], bool]
 

@@ -8,8 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attrbox.engine.operations.linearity import argument, is_activation
-from attrbox.engine.operations.operation import Function, Operation, Reader, alone, split, writes_in_place
+from attrbox.engine.operations.calls import (
+    Function,
+    Operation,
+    Reader,
+    alone,
+    argument,
+    is_activation,
+    split,
+    writes_in_place,
+)
 from attrbox.engine.site import FunctionInfo, Gradients, Site, SiteInfo
 
 aten: Any = torch.ops.aten

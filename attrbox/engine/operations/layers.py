@@ -27,9 +27,8 @@ from torch import Tensor
 
 from attrbox.engine.autograd_graph import site_of
 from attrbox.engine.operations.batch_norm import SPELLINGS, batch_norm_of
+from attrbox.engine.operations.calls import Function, Operation, argument, is_activation
 from attrbox.engine.operations.contractions import contraction_of
-from attrbox.engine.operations.linearity import argument, is_activation
-from attrbox.engine.operations.operation import Function, Operation
 from attrbox.engine.site import LayerInfo
 
 _KINDS: dict[Function, str] = {

@@ -1,5 +1,6 @@
 """Readers of operations on two activations: products, quotients, matrix products, the larger of two."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -7,10 +8,91 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attrbox.engine.autograd_graph import site_of
+from attrbox.engine.operations.calls import (
+    Function,
+    Operation,
+    Reader,
+    argument,
+    flat,
+    is_activation,
+    name_of,
+    split,
+    writes_in_place,
+)
 from attrbox.engine.operations.elementwise import spellings
-from attrbox.engine.operations.linearity import argument, is_activation, product_of
-from attrbox.engine.operations.operation import Function, Operation, Reader, split, writes_in_place
 from attrbox.engine.site import GATES, FunctionInfo, Gradients, PairInfo, Site
+
+
+@dataclass(frozen=True)
+class Product:
+    """A function that is linear in each of some `factors`, to which other arguments may be added.
+
+    Attributes:
+        names: of the arguments, in order; none where all are factors.
+        factors: each made of one argument or of several, by name.
+        constants: arguments that must not depend on the images, such as a divisor.
+    """
+
+    names: tuple[str, ...] = ()
+    factors: tuple[tuple[str, ...], ...] = ()
+    constants: tuple[str, ...] = ()
+
+    def active(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+        """How many factors depend on the images; None if a call is not of this form."""
+        if not self.factors:
+            return sum(map(is_activation, flat((*args, *kwargs.values()))))
+        given = {name: argument(args, kwargs, place, name, None) for place, name in enumerate(self.names)}
+        tensors = [name for factor in self.factors for name in factor if name != "weight"]
+        if any(isinstance(given[name], int | float) for name in tensors):
+            return None  # the deprecated order, with numbers in between
+        if any(is_activation(given[name]) for name in self.constants):
+            return None
+        return sum(any(is_activation(given[name]) for name in factor) for factor in self.factors)
+
+    def adds(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether a call adds something to the product: a bias, a constant one too."""
+        apart = [(place, name) for place, name in enumerate(self.names) if (name,) not in self.factors]
+        return any(isinstance(argument(args, kwargs, *place, None), Tensor) for place in apart)
+
+
+def _form(names: str, *factors: str, constants: str = "") -> Product:
+    parts = tuple(tuple(factor.split()) for factor in factors)
+    return Product(tuple(names.split()), parts, tuple(constants.split()))
+
+
+# By name of the function. A product of two activations is a site; a bias, or another addend, is none of its factors.
+PRODUCTS: dict[str, Product] = {
+    **dict.fromkeys(
+        """
+        mul imul rmul multiply matmul rmatmul imatmul mm bmm mv dot vdot vecdot inner outer ger kron cross tensordot
+        einsum chain_matmul multi_dot
+        """.split(),
+        Product(),
+    ),
+    **dict.fromkeys(
+        "div idiv truediv itruediv divide true_divide".split(), _form("input other", "input", constants="other")
+    ),
+    "addmm": _form("input mat1 mat2", "mat1", "mat2"),
+    "addbmm": _form("input batch1 batch2", "batch1", "batch2"),
+    "baddbmm": _form("input batch1 batch2", "batch1", "batch2"),
+    "addmv": _form("input mat vec", "mat", "vec"),
+    "addr": _form("input vec1 vec2", "vec1", "vec2"),
+    "addcmul": _form("input tensor1 tensor2", "tensor1", "tensor2"),
+    "addcdiv": _form("input tensor1 tensor2", "tensor1", constants="tensor2"),
+    "lerp": _form("input end weight", "input end", "weight"),
+    "linear": _form("input weight bias", "input", "weight"),
+    "bilinear": _form("input1 input2 weight bias", "input1", "input2", "weight"),
+    **dict.fromkeys(
+        [f"conv{turned}{dims}d" for turned in ("", "_transpose") for dims in (1, 2, 3)],
+        _form("input weight bias", "input", "weight"),
+    ),
+    **dict.fromkeys(("grid_sample", "grid_sampler"), _form("input grid", "input", constants="grid")),
+}
+
+
+def product_of(function: Function) -> Product | None:
+    """What a function multiplies, if that is all it does."""
+    return PRODUCTS.get(name_of(function).removeprefix("linalg_"))
 
 
 def _product(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operation | None:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attrbox.engine.operations.operation import Function
+from attrbox.engine.operations.calls import Function
 
 Weights = tuple[Tensor | None, ...]
 

@@ -8,9 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attrbox.engine.operations.calls import Function, Operation, Reader, alone, argument, is_activation, split
 from attrbox.engine.operations.elementwise import Reading, Unary, spellings
-from attrbox.engine.operations.linearity import argument, is_activation
-from attrbox.engine.operations.operation import Function, Operation, Reader, alone, split
 from attrbox.engine.site import AxesInfo, NormInfo, PoolInfo
 
 

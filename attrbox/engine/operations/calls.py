@@ -1,4 +1,5 @@
-"""What an intercepted call is to the engine: an `Operation`, or `Parts`; and how readers take arguments apart."""
+"""Calls of torch functions: how they are taken apart, and what an intercepted one is to the engine: an `Operation`, or
+`Parts`."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,10 +8,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attrbox.engine.operations.linearity import argument, is_activation
 from attrbox.engine.site import LAYERS, Gradients, Site, SiteInfo
 
 Function = Callable[..., Any]
+
+
+def is_activation(value: object) -> bool:
+    """Whether a value depends on the images: with frozen parameters, whether it requires a gradient."""
+    return isinstance(value, Tensor) and value.requires_grad
+
+
+def argument(rest: tuple[Any, ...], kwargs: dict[str, Any], position: int, name: str, default: Any) -> Any:
+    """An argument of a call, by position or name."""
+    return kwargs[name] if name in kwargs else rest[position] if len(rest) > position else default
+
+
+def name_of(function: Function) -> str:
+    """The name of an operation without the marks of its spelling: `__iadd__` and `add_` are "iadd" and "add"."""
+    name = getattr(function, "__name__", type(function).__name__)
+    if name == "__get__":  # a property such as Tensor.T
+        name = getattr(getattr(function, "__self__", None), "__name__", name)
+    return name.strip("_")
+
+
+def flat(values: Any) -> Any:
+    """What is in nested tuples and lists, one after the other."""
+    for value in values:
+        if isinstance(value, tuple | list):
+            yield from flat(value)
+        else:
+            yield value
 
 
 @dataclass(frozen=True)
