@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from attrbox.metrics.scores import Score as Score
     from attrbox.pipeline.export import export as export
     from attrbox.pipeline.recompute import recompute as recompute
+    from attrbox.pipeline.settings import Loading as Loading, Running as Running, Storage as Storage
 
 try:
     __version__ = _version("attrbox")
@@ -89,6 +90,7 @@ _PLACES = {
     "attrbox.metrics.results": "Evaluation",
     "attrbox.metrics.scores": "Score",
     "attrbox.pipeline.export": "export",
+    "attrbox.pipeline.settings": "Loading Running Storage",
 }
 _HOME = {name: place for place, names in _PLACES.items() for name in names.split()}
 

@@ -29,7 +29,7 @@ EXPORTS: dict[str, dict[str, object]] = {
     "float16": {"dtype": "float16"},
     "lzf": {"compression": "lzf"},
     "gzip": {"compression": "gzip"},
-    "photographs": {"photographs": True},
+    "photographs": {"thumbnails": True},
 }
 
 
@@ -67,8 +67,11 @@ def writing(arguments: argparse.Namespace, folder: Path) -> None:
             attrbox.compare(model, part, ["saliency"], batch_size=size, progress=False)["saliency"].values.cpu()
 
     def export(**options: object) -> Callable[[], object]:
-        known = {"batch_size": size, "overwrite": True, "progress": False, "photographs": False} | options
-        return lambda: attrbox.export(model, images, path, ["saliency"], **known)  # type: ignore[arg-type]
+        storage = attrbox.Storage(**({"thumbnails": False} | options))  # type: ignore[arg-type]
+        running = attrbox.Running(batch_size=size, overwrite=True)
+        return lambda: attrbox.export(
+            model, images, path, ["saliency"], storage=storage, running=running, progress=False
+        )
 
     candidates = {"computing alone": compute}
     candidates |= {f"export, {name}": export(**EXPORTS[name]) for name in arguments.exports}
@@ -101,7 +104,7 @@ def reading(arguments: argparse.Namespace, folder: Path) -> None:
     path, bare = folder / "read.h5", folder / "bare.h5"
     values = torch.randn(count, 3, arguments.side, arguments.side)
     identity = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(values[0].numel(), 1)).eval()
-    attrbox.export(identity, values, path, ["random"], photographs=False, progress=False)
+    attrbox.export(identity, values, path, ["random"], storage=attrbox.Storage(thumbnails=False), progress=False)
     with h5py.File(bare, "w") as file:
         file.create_dataset("maps", values.shape, "f4", chunks=(1, *values.shape[1:]))[:] = values.numpy()
     order = np.random.default_rng(0).integers(0, count, arguments.maps).tolist()

@@ -30,7 +30,7 @@ def run(path: Path, images: int, side: int) -> None:
     torch.manual_seed(0)
     model = torchvision.models.resnet18(weights=None).eval()
     data = torch.randn(images, 3, side, side, generator=torch.Generator().manual_seed(1))
-    attrbox.export(model, data, path, METHODS, batch_size=4, progress=False)
+    attrbox.export(model, data, path, METHODS, running=attrbox.Running(batch_size=4), progress=False)
 
 
 def check(path: Path, whole: Path) -> int:

@@ -1,12 +1,15 @@
 """Old names of options and arguments, which go on working for one release."""
 
+import dataclasses
+import difflib
 import functools
+import inspect
 import sys
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, ParamSpec, TypeVar
 
-from attrbox.errors import InputError, RenamedWarning
+from attrbox.errors import InputError, OptionError, RenamedWarning, shown
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -45,6 +48,50 @@ def renamed_arguments(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]
         @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
             return function(*args, **renamed(kwargs, names, f"function {function.__qualname__}"))
+
+        return call
+
+    return decorate
+
+
+def grouped_arguments(
+    groups: Mapping[str, type], names: Mapping[str, str]
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Decorator: what became fields of groups of settings may still come as keyword arguments of their own.
+
+    Args:
+        groups: argument -> a dataclass, whose fields were arguments.
+        names: old name -> new name, of fields that were called otherwise.
+    """
+    homes = {field.name: (group, cls) for group, cls in groups.items() for field in dataclasses.fields(cls)}
+    loose = {name: name for name in homes.keys() - names.values()} | dict(names)  # as arguments -> as fields
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        own, title = inspect.signature(function).parameters, f"attrbox.{function.__qualname__}"
+        written = {name: name for name in own} | {
+            field: f"{group}=attrbox.{cls.__name__}({field}=...)" for field, (group, cls) in homes.items()
+        }
+
+        @functools.wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            given: dict[str, dict[str, Any]] = {}
+            for name in sorted(kwargs.keys() - own.keys()):
+                if name not in loose:
+                    near = difflib.get_close_matches(name, written, n=1)
+                    hint = f"Did you mean {written[near[0]]}? " if near else ""
+                    raise OptionError(f"{title} has no argument {name!r}. {hint}Known: {', '.join(sorted(written))}.")
+                given.setdefault(homes[loose[name]][0], {})[loose[name]] = kwargs.pop(name)
+            for group, fields in given.items():
+                form = f"{group}=attrbox.{groups[group].__name__}({', '.join(f'{name}=...' for name in fields)})"
+                if group in kwargs:
+                    raise InputError(f"{title} got {', '.join(fields)} beside {group}. Write {form}, all in one.")
+                message = f"{title} takes {', '.join(fields)} as {form} now. The old form works for one release only."
+                warnings.warn(message, RenamedWarning, stacklevel=_outside())
+                kwargs[group] = groups[group](**fields)
+            for group, cls in groups.items():
+                if not isinstance(value := kwargs.get(group, cls()), cls):
+                    raise OptionError(f"Expected {group} to be an attrbox.{cls.__name__}, got {shown(value)}.")
+            return function(*args, **kwargs)
 
         return call
 

@@ -112,7 +112,7 @@ class ClassNames:
                 raise TargetError(
                     f"The {len(labels)} labels {_listed(labels)} are the numbers of the model's classes, but their "
                     "alphabetical order, in which data sets of folders count them, is another. Fill the numbers with "
-                    "zeros to one length, or give a table of labels (labels=, --labels)."
+                    "zeros to one length, or give a table of labels (Loading(labels=...), --labels)."
                 )
             return known
         if in_order and (self.names is None or 2 * len(known) > len(labels)):
@@ -122,7 +122,7 @@ class ClassNames:
             f"Expected labels that are classes of the model, but {len(bad)} of {len(labels)} cannot be told: "
             f"{_listed([label for label, _ in bad])}. {self._why_not(*bad[0])} Call the labels (folders) by the names "
             "or numbers of the model's classes, or by WordNet ids for those of ImageNet; or give a table of labels "
-            "(labels=, --labels)."
+            "(Loading(labels=...), --labels)."
         )
 
     def assumed(self, labels: Sequence[str]) -> "ClassNames":

@@ -292,8 +292,8 @@ def _of_files(
 ) -> Samples:
     if preprocess is None:
         raise InputError(
-            "Expected a function that makes the model's input of an image file: preprocess=, for instance the "
-            "transforms of the model's weights, or a model of attrbox.load_model, which brings its own."
+            "Expected a function that makes the model's input of an image file, Loading(preprocess=...), for instance "
+            "the transforms of the model's weights, or a model of attrbox.load_model, which brings its own."
         )
     files = find_images(paths)
     labels = _folders(paths, files)
@@ -368,7 +368,7 @@ def _label(value: Any) -> Label | None:
 
 def _flaw(image: Any) -> str:
     if not isinstance(image, Tensor):
-        return f"a tensor was expected, not {type(image).__name__}; give a transform, or preprocess="
+        return f"a tensor was expected, not {type(image).__name__}; give a transform, or Loading(preprocess=...)"
     if not image.is_floating_point():
         return f"floating-point pixels were expected, preprocessed as the model takes them, not {image.dtype}"
     if image.dim() == 0 or image.numel() == 0:

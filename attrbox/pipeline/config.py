@@ -17,16 +17,18 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
 from attrbox.core.atomic_files import as_path
 from attrbox.core.options import choose
 from attrbox.core.registry import Registry
+from attrbox.core.renaming import renamed
 from attrbox.data.models.loading import SHORTHANDS
 from attrbox.errors import AttrboxError, FileError, OptionError, near_miss, shown
 from attrbox.methods.base import method_registry
 from attrbox.metrics.base import metric_registry
+from attrbox.pipeline.settings import FORMERLY
 
 Entry = str | dict[str, Any]
 T = TypeVar("T")
@@ -37,6 +39,11 @@ class _Table(BaseModel):
     """A table of the file: unknown keys and values of another type are errors."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _current(cls, values: Any) -> Any:
+        return renamed(values, FORMERLY, "config") if isinstance(values, Mapping) else values
 
 
 class ModelConfig(_Table):
@@ -75,7 +82,7 @@ class OutputConfig(_Table):
     channels: Literal["all", "one"] = Field(
         default="all", description="all: every channel; one: the channel-reduced map"
     )
-    photographs: bool = Field(default=True, description="keep a small picture of each sample, for reports")
+    thumbnails: bool = Field(default=True, description="keep a small picture of each sample, for reports")
 
 
 class RunConfig(_Table):

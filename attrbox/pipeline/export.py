@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -24,20 +23,20 @@ from attrbox.core.model_state import check_model
 from attrbox.core.options import choose
 from attrbox.core.progress import progress_bar
 from attrbox.core.random_streams import streams
+from attrbox.core.renaming import grouped_arguments
 from attrbox.core.targets import Target
-from attrbox.core.validation import check_choice, check_count
 from attrbox.data.labels import read_labels
 from attrbox.data.maps.journal import Journal
-from attrbox.data.maps.schema import Compression, DType, check_storage
 from attrbox.data.maps.writer import Flags, Growing, Output, known_targets
 from attrbox.data.models.loaded_model import LoadedModel
 from attrbox.data.samples import Batch, Samples, SamplesLike
 from attrbox.errors import FileError, InputError, TargetError, shown
-from attrbox.methods.base import Method, MethodSpec, method_registry as registry
+from attrbox.methods.base import method_registry as registry
 from attrbox.methods.comparison import MethodLike
-from attrbox.pipeline.job import Channels, ExportTarget, Job, device_of, of_rows
+from attrbox.pipeline.job import ExportTarget, Job, device_of, of_rows
 from attrbox.pipeline.resumption import check_same
 from attrbox.pipeline.samples_given import labelled, samples_given, understood
+from attrbox.pipeline.settings import FORMERLY, GROUPS, Loading, Running, Storage
 from attrbox.pipeline.shards import Shard
 
 _QUEUE = 2  # batches that may wait to be written
@@ -86,6 +85,7 @@ class Summary:
         return "\n".join(lines)
 
 
+@grouped_arguments(GROUPS, FORMERLY)
 def export(
     model: nn.Module | LoadedModel | Callable[[Tensor], Any],
     data: SamplesLike,
@@ -94,24 +94,9 @@ def export(
     *,
     target: ExportTarget = None,
     seed: int | Sequence[int] = 0,
-    preprocess: Callable[[Any], Tensor] | None = None,
-    ids: Sequence[str] | None = None,
-    labels: str | Path | Mapping[str, str] | None = None,
-    batch_size: int | None = None,
-    workers: int | None = None,
-    precision: torch.dtype | None = None,
-    channels_last: bool = True,
-    dtype: DType = "float32",
-    compression: Compression | None = None,
-    channels: Channels = "all",
-    photographs: bool = True,
-    model_name: str | None = None,
-    config: str | None = None,
-    resume: bool = True,
-    retry: bool = False,
-    beside: bool = False,
-    overwrite: bool = False,
-    shard: Shard | None = None,
+    loading: Loading = Loading(),
+    storage: Storage = Storage(),
+    running: Running = Running(),
     progress: bool = True,
 ) -> Summary:
     """Write the maps of all samples to an HDF5 file (layout: `attrbox.data.maps.schema`); the same call goes on after
@@ -127,27 +112,9 @@ def export(
         methods: as for `attrbox.compare`; they share their passes through the model.
         target: as for `attrbox.explain`, or "label" for the label of each sample.
         seed: as for `attrbox.explain`; places are those in the whole data, of all shards.
-        preprocess: an image of `data` that is no tensor -> a tensor as the model takes it.
-        ids: a name for each sample; default: file names, or "0", "1", ...
-        labels: a table of labels, file -> class by name, WordNet id or number: a CSV file, or a mapping. Default: the
-            names of the folders in which images lie, or what a dataset has. Folder names, and numbers that a dataset
-            has names for (`classes`), are looked up among the model's classes; other numbers are classes as they are.
-        batch_size: images that are read and go through the model together, fewer where memory runs out. Default: what
-            the file began with, or what pays on the device (`attrbox.core.memory.MOST_PER_PASS`).
-        workers: processes that read. Default: those of the DataLoader, or none: a thread then reads ahead.
-        precision, channels_last: as for `attrbox.explain`.
-        dtype: of the maps in the file: "float32", "float64", "float16".
-        compression: "gzip", "lzf" or None. Gradients are noise to these: a tenth is saved, at a multiple of the time.
-        channels: "all", or "one" for the map for the eye ([N, 1, H, W]: channels summed, or their largest).
-        photographs: keep a small picture of each sample, for reports.
-        model_name: what the model is called.
-        config: text that is kept in the file.
-        resume: go on with an existing file; False refuses it.
-        retry: try again the samples that had no map.
-        beside: write a method that the file has with other options beside, under a name with its options.
-        overwrite: replace an existing file.
-        shard: the share of this process (`attrbox.pipeline.shards`): it goes to NAME-1-of-8.h5, ..., and the last to
-            finish joins them at `path`. Default: by torch.distributed, if it is initialised, or as torchrun told.
+        loading: how samples are read, their names and labels (`attrbox.Loading`).
+        storage: what the file holds, such as its dtype (`attrbox.Storage`).
+        running: size of batches, precision, shards, and what becomes of a file that is there (`attrbox.Running`).
         progress: show a progress bar; where there is no terminal, a line a minute.
 
     Raises:
@@ -159,21 +126,28 @@ def export(
     began = time.perf_counter()
     path = as_path(path, "the name of the file to write")
     chosen = choose(registry, methods)
-    _check(chosen, dtype, compression, channels, batch_size, workers, target)
+    if isinstance(target, str) and target != "label":
+        raise TargetError(
+            f"Expected a class number, 'label' or another target of attrbox.explain, got {shown(target)}."
+        )
     loaded = model if isinstance(model, LoadedModel) else None
     module = model.model if isinstance(model, LoadedModel) else model
     check_model(module, [label for label, (_, method) in chosen.items() if method.needs_gradients])
+    batch_size, workers = running.batch_size, loading.workers
     if isinstance(data, DataLoader):
         batch_size = batch_size or data.batch_size
         workers = data.num_workers if workers is None else workers
-    samples = data if isinstance(data, Samples) else samples_given(data, loaded, preprocess, ids, photographs)
-    if labels is not None:
+    if isinstance(data, Samples):
+        samples = data
+    else:
+        samples = samples_given(data, loaded, loading.preprocess, loading.ids, storage.thumbnails)
+    if (labels := loading.labels) is not None:
         samples = samples.labeled(labels if isinstance(labels, Mapping) else read_labels(labels))
     samples, names = understood(samples, loaded, module, target)
     seeds = streams(seed, len(samples))
     if not isinstance(target, str):
         Target(target, len(samples))  # of the right length
-    shard, whole = shard or Shard.current(), path
+    shard, whole = running.shard or Shard.current(), path
     if shard:
         shard.check(whole)
         batch_size, path = batch_size or _usual_batch(module), shard.path(whole)
@@ -184,34 +158,34 @@ def export(
         seed = seed if isinstance(seed, int) else seeds
         samples = samples.part(rows)
     with Journal(path) as journal, contextlib.ExitStack() as stack:
-        growing = _existing(journal, resume, overwrite)
+        growing = _existing(journal, running)
         if growing:
             stack.enter_context(growing)
         job = Job(
             model=module,
             samples=samples,
-            methods=labelled(chosen, methods, growing, beside),
+            methods=labelled(chosen, methods, growing, running.keep_both),
             target=target,
             seed=seed,
             streams=seeds if growing is None else growing.streams or seeds,
             one_stream=growing is not None and growing.streams is not None,
             batch_size=batch_size or (growing.settings["batch_size"] if growing else _usual_batch(module)),
-            precision=precision,
-            channels_last=channels_last,
-            channels=channels,
-            dtype=dtype,
-            compression=compression,
+            precision=running.precision,
+            channels_last=running.channels_last,
+            channels=storage.channels,
+            dtype=storage.dtype,
+            compression=storage.compression,
             names=names,
         )
         layout = job.layout(
-            model_name=model_name or (loaded.name if loaded else _name(module)),
-            config=config,
-            photographs=photographs,
+            model_name=storage.model_name or (loaded.name if loaded else _name(module)),
+            config=storage.config,
+            photographs=storage.thumbnails,
         )
         if growing:
             check_same(growing, layout, job)
-        with Output(journal, layout, growing, overwrite) as output:
-            images = _run(job, output, workers or 0, retry, progress)
+        with Output(journal, layout, growing, running.overwrite) as output:
+            images = _run(job, output, workers or 0, running.retry, progress)
             flags = output.growing.done if output.growing else {}
             done = {label: int(flags[label].sum()) if label in flags else 0 for label in (*flags, *job.methods)}
     joined = shard is not None and shard.join(whole, list(job.methods))
@@ -223,33 +197,14 @@ def export(
 # ----------------------------------------------------------------------------------------------------- what is checked
 
 
-def _check(
-    chosen: Mapping[str, tuple[MethodSpec, Method]],
-    dtype: str,
-    compression: str | None,
-    channels: str,
-    batch_size: int | None,
-    workers: int | None,
-    target: object,
-) -> None:
-    check_storage(dtype, compression)
-    check_choice("channels", channels, ("all", "one"))
-    if batch_size is not None:
-        check_count("batch_size", batch_size)
-    if workers not in (None, 0):
-        check_count("workers", workers)
-    if isinstance(target, str) and target != "label":
-        raise TargetError(
-            f"Expected a class number, 'label' or another target of attrbox.explain, got {shown(target)}."
-        )
-
-
-def _existing(journal: Journal, resume: bool, overwrite: bool) -> Growing | None:
+def _existing(journal: Journal, running: Running) -> Growing | None:
     """The file to go on with, if there is one."""
-    if overwrite or not journal.path.exists():
+    if running.overwrite or not journal.path.exists():
         return None
-    if not resume:
-        raise FileError(f"{str(journal.path)!r} exists already. Choose another path, resume=True or overwrite=True.")
+    if not running.resume:
+        raise FileError(
+            f"{str(journal.path)!r} exists already. Choose another path, resume=True or overwrite=True in Running."
+        )
     return Growing(journal)
 
 
@@ -315,6 +270,6 @@ def _first_shape(batch: Batch) -> tuple[int, ...] | None:
     if batch.mixed:
         raise InputError(
             f"Expected images of one size, but {batch.flawed[0].flaw}. Give a transform that resizes and crops to a "
-            "fixed size (preprocess=, or the dataset's own)."
+            "fixed size (Loading(preprocess=...), or the dataset's own)."
         )
     return None if batch.images is None else tuple(batch.images.shape[1:])

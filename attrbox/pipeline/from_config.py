@@ -47,7 +47,7 @@ def samples_for(config: Config, loaded: LoadedModel) -> Samples:
     given = config.data.path
     data = demo_photographs() if given == "demo:photographs" else given
     paths = [Path(path) for path in ([data] if isinstance(data, str) else data)]
-    picture = Picture(loaded.mean, loaded.std) if config.output.photographs else None
+    picture = Picture(loaded.mean, loaded.std) if config.output.thumbnails else None
     return samples_of(paths, preprocess=loaded.preprocess, picture=picture)
 
 

@@ -212,8 +212,8 @@ class Job:
         if not isinstance(sample.label, str):
             raise TargetError(
                 f"Expected a class as the label of {name!r}, which is to be explained, got {shown(sample.label)}. Put "
-                "images into a folder for each class, give a table of labels (labels=, --labels), or choose another "
-                "target."
+                "images into a folder for each class, give a table of labels (Loading(labels=...), --labels), or "
+                "choose another target."
             )
         try:
             return self.names.index(sample.label)

@@ -69,7 +69,7 @@ def _check_settings(growing: Growing, layout: Layout, job: Job) -> None:
     if other:
         raise FileError(
             f"{str(growing.path)!r} was made with other settings: {'; '.join(other)}. Choose another path, or give the "
-            "same; overwrite=True (--overwrite) replaces the file."
+            "same; Running(overwrite=True) (--overwrite) replaces the file."
         )
 
 
@@ -107,8 +107,8 @@ def _check_results(growing: Growing, job: Job, result: Written) -> None:
             what = f"the score of {name!r} was {there[place].tolist()} and is {here[place].tolist()} now"
         raise FileError(
             f"{changed(job) if scored else f'The options of {label!r} have'} changed since {str(growing.path)!r} was "
-            f"begun: {what}. Choose another path, or give what it was made with; overwrite=True (--overwrite) replaces "
-            "the file."
+            f"begun: {what}. Choose another path, or give what it was made with; Running(overwrite=True) (--overwrite) "
+            "replaces the file."
         )
     lost = {
         row: reason

@@ -21,12 +21,12 @@ def samples_given(
     loaded: LoadedModel | None,
     preprocess: Callable[[Any], Tensor] | None,
     ids: Sequence[str] | None,
-    photographs: bool,
+    thumbnails: bool,
 ) -> Samples:
-    """The data as samples, with the preprocessing and the photographs of the model that came with them."""
+    """The data as samples, with the preprocessing and the thumbnails of the model that came with them."""
     picture = Picture(loaded.mean, loaded.std) if loaded else Picture()
     preprocess = preprocess or (loaded.preprocess if loaded else None)
-    return samples_of(data, preprocess=preprocess, ids=ids, picture=picture if photographs else None)
+    return samples_of(data, preprocess=preprocess, ids=ids, picture=picture if thumbnails else None)
 
 
 def understood(
@@ -57,7 +57,7 @@ def labelled(
     chosen: Mapping[str, tuple[MethodSpec, Method]],
     methods: Sequence[MethodLike],
     growing: Growing | None,
-    beside: bool,
+    keep_both: bool,
 ) -> dict[str, tuple[str, Mapping[str, Any]]]:
     """label -> name and options. What the file has with the same options keeps the label that it has there."""
     entries: dict[str, tuple[str, Mapping[str, Any]]] = {}
@@ -70,11 +70,11 @@ def labelled(
         elif label in there:
             old = there[label][1]
             other = {name: (old.get(name), value) for name, value in options.items() if old.get(name) != value}
-            if not beside:
+            if not keep_both:
                 told = ", ".join(f"{name} {was!r} there and {now!r} here" for name, (was, now) in other.items())
                 raise FileError(
-                    f"The file has {label!r} with other options: {told}. Write it beside (beside=True, --beside), "
-                    "give the same options, or choose another path."
+                    f"The file has {label!r} with other options: {told}. Keep both (Running(keep_both=True), "
+                    "--keep-both), give the same options, or choose another path."
                 )
             label = f"{label}({', '.join(f'{name}={now}' for name, (_, now) in other.items())})"
         entries[label] = (spec.name, {} if isinstance(entry, str) else spec.current(entry[1], warn=False))

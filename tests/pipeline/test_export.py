@@ -205,7 +205,7 @@ def test_changed_models_are_refused(path):
 def test_other_options_can_be_written_beside(path):
     export(path, methods=[("integrated_gradients", {"steps": 3})])
     for _ in range(2):  # the second time it is known
-        export(path, methods=[("integrated_gradients", {"steps": 4})], beside=True)
+        export(path, methods=[("integrated_gradients", {"steps": 4})], keep_both=True)
     with h5py.File(path) as file:
         assert list(file["maps"]) == ["integrated_gradients", "integrated_gradients(steps=4)"]
 
@@ -610,8 +610,8 @@ def test_what_is_in_two_files_is_named(tmp_path):
 
 def test_without_photographs(path, tmp_path):
     export(tmp_path / "with.h5", methods=["saliency"])
-    export(path, methods=["saliency"], photographs=False)
+    export(path, methods=["saliency"], thumbnails=False)
     found, other = content(path), content(tmp_path / "with.h5")
     assert found.keys() == other.keys() - {"samples/photograph"}
     assert attrbox.verify(path) == []
-    assert export(path, methods=["saliency", "deeplift"], photographs=False).maps == 10
+    assert export(path, methods=["saliency", "deeplift"], thumbnails=False).maps == 10

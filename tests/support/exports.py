@@ -1,5 +1,7 @@
 """Small exports for tests."""
 
+from dataclasses import fields
+
 import h5py
 import numpy as np
 import torch
@@ -7,6 +9,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 import attrbox
+from attrbox.pipeline.settings import GROUPS
 
 METHODS = ["saliency", "deeplift", ("integrated_gradients", {"steps": 3}), "random"]
 
@@ -22,8 +25,18 @@ def pictures(count=10):
     return torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
 
+def grouped(**options):
+    """The arguments of `attrbox.export`: settings in their groups, the rest as they are."""
+    homes = {field.name: group for group, cls in GROUPS.items() for field in fields(cls)}
+    found = {name: value for name, value in options.items() if name not in homes}
+    for group, cls in GROUPS.items():
+        if own := {name: value for name, value in options.items() if homes.get(name) == group}:
+            found[group] = cls(**own)
+    return found
+
+
 def export(path, data=None, methods=METHODS, model=None, **options):
-    options = {"batch_size": 4, "progress": False} | options
+    options = grouped(**({"batch_size": 4, "progress": False} | options))
     return attrbox.export(model or net(), pictures() if data is None else data, path, methods, **options)
 
 

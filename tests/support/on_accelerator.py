@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from accelerator import DEVICE, Accelerator, Remote, counted
+from exports import grouped
 from metric_contracts import MASKS, METRICS, QUICK
 from nets import FAST, TRANSFORMERS, images, relu_net, residual_net, seeded
 from torch import Tensor, nn
@@ -291,7 +292,7 @@ def test_an_export(tmp_path):
     for on_device in (True, False):
         model = moved(SMALL) if on_device else SMALL
         path = tmp_path / f"{on_device}.h5"
-        options = {"target": 1, "batch_size": 2, "dtype": "float64", "progress": False}
+        options = grouped(target=1, batch_size=2, dtype="float64", progress=False)
         with counted() as reads:
             summary = attrbox.export(model, images(5, 3, 8, 8), path, methods, **options)
         assert summary.complete

@@ -151,7 +151,7 @@ class Growing:
             ):
                 raise FileError(
                     f"{str(self.path)!r} is no file of maps, or a broken one ({error}). Choose another path, or "
-                    "replace it: overwrite=True (--overwrite)."
+                    "replace it: Running(overwrite=True) (--overwrite)."
                 ) from error
             raise
 

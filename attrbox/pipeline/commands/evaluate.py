@@ -1,5 +1,6 @@
 """`attrbox evaluate`: measure the maps of a file."""
 
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,7 +37,7 @@ def evaluate(
     Examples: `attrbox evaluate maps.h5`, `attrbox evaluate maps.h5 --metrics morf:fill=blur,sparseness --n-samples 200`
     """
     from attrbox.data.maps.reader import open_maps
-    from attrbox.errors import InputError
+    from attrbox.errors import InputError, RenamedWarning
     from attrbox.pipeline.arguments import parse_methods
     from attrbox.pipeline.config import parse
     from attrbox.pipeline.evaluate_file import measure
@@ -57,6 +58,9 @@ def evaluate(
             "run.device": device,
             "run.batch_size": batch_size,
         }
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RenamedWarning)  # of what the file says
+            text = parse(text, f"the config in {str(file)!r}", trust=True).to_toml()
         config = parse(text, f"the config in {str(file)!r}", sets, given, trust=trust)
         evaluation, rows = measure(maps, config, n_samples, another=model is not None)
         count = maps.samples

@@ -41,7 +41,7 @@ def export(
     batch_size: Annotated[int | None, typer.Option(help="Images per pass.")] = None,
     workers: Annotated[int | None, typer.Option(help="Processes that read images.")] = None,
     retry: Annotated[bool, typer.Option("--retry", help="Try again the samples that had no map.")] = False,
-    beside: Annotated[bool, typer.Option("--beside", help="Write a method with other options beside.")] = False,
+    keep_both: Annotated[bool, typer.Option("--keep-both", help="Write a method with other options, too.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
     shard: Annotated[
         str | None, typer.Option(metavar="K/N", help="Share K of N, in a file of its own; under torchrun by itself.")
@@ -83,7 +83,7 @@ def export(
     resolved = load(config, sets, given, trust=trust)
     if images is None and config is None:
         raise typer.BadParameter("give images, a folder of them, or --config FILE")
-    summary = _run(resolved, retry, beside, overwrite, shard)
+    summary = _run(resolved, retry, keep_both, overwrite, shard)
     if as_json:
         say_json({**dataclasses.asdict(summary), "complete": summary.complete})
     else:
@@ -92,9 +92,10 @@ def export(
         raise typer.Exit(1)
 
 
-def _run(config: "Config", retry: bool, beside: bool, overwrite: bool, shard: str | None) -> "Summary":
+def _run(config: "Config", retry: bool, keep_both: bool, overwrite: bool, shard: str | None) -> "Summary":
     from attrbox.pipeline.export import export
     from attrbox.pipeline.from_config import model_of, precision_of, samples_for, target_of
+    from attrbox.pipeline.settings import Loading, Running, Storage
     from attrbox.pipeline.shards import Shard
 
     loaded = model_of(config)
@@ -105,18 +106,21 @@ def _run(config: "Config", retry: bool, beside: bool, overwrite: bool, shard: st
         output.path,
         config.chosen_methods,
         target=target_of(config, loaded),
-        labels=config.data.labels,
         seed=config.run.seed,
-        batch_size=config.run.batch_size,
-        workers=config.run.workers,
-        precision=precision_of(config),
-        dtype=output.dtype,
-        compression=None if output.compression == "none" else output.compression,
-        channels=output.channels,
-        photographs=output.photographs,
-        config=config.to_toml(),
-        retry=retry,
-        beside=beside,
-        overwrite=overwrite,
-        shard=None if shard is None else Shard.parsed(shard),
+        loading=Loading(labels=config.data.labels, workers=config.run.workers),
+        storage=Storage(
+            dtype=output.dtype,
+            compression=None if output.compression == "none" else output.compression,
+            channels=output.channels,
+            thumbnails=output.thumbnails,
+            config=config.to_toml(),
+        ),
+        running=Running(
+            batch_size=config.run.batch_size,
+            precision=precision_of(config),
+            retry=retry,
+            keep_both=keep_both,
+            overwrite=overwrite,
+            shard=None if shard is None else Shard.parsed(shard),
+        ),
     )

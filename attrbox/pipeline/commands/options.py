@@ -12,7 +12,7 @@ from typer.core import TyperGroup
 from attrbox.errors import AttrboxError
 
 # Options by their old names, which work for one release.
-_RENAMED = {"--samples": "--n-samples"}
+_RENAMED = {"--samples": "--n-samples", "--beside": "--keep-both"}
 
 
 class Group(TyperGroup):
