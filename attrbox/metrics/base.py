@@ -24,6 +24,7 @@ from torch import Tensor
 
 from attrbox.core.options import Spec, option_infos
 from attrbox.core.registry import Registry, as_dataclass
+from attrbox.core.renaming import renamed_arguments
 
 if TYPE_CHECKING:
     from attrbox.metrics.context import Study
@@ -53,6 +54,9 @@ class Measurement:
     groups: Tensor | None = None
     details: Mapping[str, Tensor] | None = None
     note: str = ""
+
+
+Measurement.__init__ = renamed_arguments(positions="fractions")(Measurement.__init__)  # type: ignore[method-assign]
 
 
 @dataclass(frozen=True, kw_only=True)

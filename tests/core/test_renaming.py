@@ -169,6 +169,16 @@ def test_commands_take_old_names(old_file, tmp_path):
         write_report(path, tmp_path / "page.html", samples=1)
 
 
+def test_arguments_have_old_names_too():
+    values, fractions = torch.zeros(2), torch.linspace(0, 1, 3)
+    with warned() as caught:
+        measurement = attrbox.Measurement(values, torch.zeros(2, 3), positions=fractions)
+    assert measurement.fractions is fractions
+    assert caught[0].filename == __file__
+    with pytest.raises(InputError, match="'positions' and 'fractions'"):
+        attrbox.Measurement(values, positions=fractions, fractions=fractions)
+
+
 def test_an_option_cannot_have_the_old_name_of_another():
     class Wide(MaskGenerator):
         sigma: float = 0.5  # which nobody would read

@@ -135,7 +135,7 @@ def plain_images(*means: float) -> Tensor:
 def test_mosaics_show_confident_images_of_different_classes():
     means = [0.1, 0.2, 0.3, 0.4, 0.2, 0.1, 0.449, 0.7]
     x, labels = plain_images(*means), torch.tensor([1, 2, 3, 4, 2, 1, 4, 6])  # the last two are not sure, or wrong
-    built = mosaics(Brightness().eval(), x, labels, grid=2, count=20, seed=3)
+    built = mosaics(Brightness().eval(), x, labels, grid=2, n_samples=20, seed=3)
     assert built.images.shape == (80, 1, 12, 8)
     assert built.masks.shape == (80, 12, 8)
     for index in range(80):
@@ -144,14 +144,14 @@ def test_mosaics_show_confident_images_of_different_classes():
         four = built.targets[index // 4 * 4 : index // 4 * 4 + 4]
         assert len(set(four.tolist())) == 4
     assert set(built.sources.flatten().tolist()) == {0, 1, 2, 3, 4, 5}
-    again, other = (mosaics(Brightness().eval(), x, labels, grid=2, count=20, seed=s) for s in (3, 4))
+    again, other = (mosaics(Brightness().eval(), x, labels, grid=2, n_samples=20, seed=s) for s in (3, 4))
     assert torch.equal(again.images, built.images)
     assert not torch.equal(other.images, built.images)
     five = plain_images(*means[:4], 0.5, 0.6)  # more classes than cells
-    many = mosaics(Brightness().eval(), five, torch.arange(1, 7), grid=2, count=30)
+    many = mosaics(Brightness().eval(), five, torch.arange(1, 7), grid=2, n_samples=30)
     assert many.sources.shape == (30, 4)
     assert set(many.sources.flatten().tolist()) == set(range(6))
-    small = mosaics(Brightness().eval(), x, labels, grid=2, count=2, shrink=True)
+    small = mosaics(Brightness().eval(), x, labels, grid=2, n_samples=2, shrink=True)
     assert small.images.shape == (8, 1, 6, 4)
     maps = built.masks.double() - 0.1
     scores = attrbox.evaluate(
@@ -170,7 +170,7 @@ def test_mosaics_need_enough_classes():
     for options, message in (
         ({"grid": 1}, "2 x 2"),
         ({"grid": 2.5}, "grid"),
-        ({"count": 0}, "count"),
+        ({"n_samples": 0}, "n_samples"),
         ({"confidence": 2}, "confidence"),
     ):
         with pytest.raises(OptionError, match=message):

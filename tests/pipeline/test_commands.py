@@ -6,6 +6,7 @@ import os
 import sys
 from pathlib import Path
 
+import h5py
 import pytest
 from command_line import TINY, run
 from PIL import Image
@@ -117,6 +118,10 @@ def test_evaluate_and_report(pictures: Path, exported: Path, tmp_path: Path) -> 
     assert record["samples"] == 2
     assert {row["metric"] for row in record["scores"]} == {"complexity"}
     assert json.loads(run("inspect", exported, "--json").output)["scores"] == ["complexity", "morf", "sparseness"]
+    with h5py.File(exported, "r+") as file:  # an older version's words, of which nobody is told
+        file.attrs["config"] = file.attrs["config"].replace("thumbnails", "photographs")
+        assert "photographs = true" in file.attrs["config"]
+    assert run("evaluate", exported, "--trust", "--metrics", "complexity").exit_code == 0
     told = run("report", exported)
     assert told.exit_code == 0
     assert "morf" in exported.with_suffix(".html").read_text()

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from attrbox.core.model_state import check_model, untouched
 from attrbox.core.outputs import unwrap
+from attrbox.core.renaming import renamed_arguments
 from attrbox.core.validation import check, check_count, check_flag, check_images
 from attrbox.engine.calling import forward
 from attrbox.errors import InputError, OptionError
@@ -34,13 +35,14 @@ class Mosaics:
         return len(self.images)
 
 
+@renamed_arguments(count="n_samples")
 def mosaics(
     model: nn.Module,
     images: Tensor,
     labels: Tensor | Sequence[int],
     *,
     grid: int = 3,
-    count: int = 500,
+    n_samples: int = 500,
     confidence: float = 0.99,
     shrink: bool = False,
     batch_size: int = 32,
@@ -53,7 +55,7 @@ def mosaics(
         images: [N, C, H, W], normalised.
         labels: their classes, [N].
         grid: images a side.
-        count: how many mosaics.
+        n_samples: how many mosaics.
         confidence: only images are used whose label the model gives at least this probability.
         shrink: resize the mosaics to H x W, for models that take one size only.
         batch_size: images per forward pass.
@@ -64,7 +66,7 @@ def mosaics(
         OptionError: an option is out of range.
     """
     check_count("grid", grid)
-    check_count("count", count)
+    check_count("n_samples", n_samples)
     check_count("batch_size", batch_size)
     check_flag("shrink", shrink)
     check(0 <= confidence <= 1, "confidence", "a probability", confidence)
@@ -85,7 +87,7 @@ def mosaics(
             f"with a probability of at least {confidence:g}. Pass more images, or lower confidence or grid."
         )
     generator = torch.Generator().manual_seed(seed)
-    sources = torch.stack([_distinct(classes, pool, cells, generator) for _ in range(count)])
+    sources = torch.stack([_distinct(classes, pool, cells, generator) for _ in range(n_samples)])
     rows = [torch.cat(tuple(images[sources[:, r * grid + c]] for c in range(grid)), 3) for r in range(grid)]
     pictures = torch.cat(rows, 2)
     if shrink:
@@ -93,7 +95,7 @@ def mosaics(
     return Mosaics(
         images=pictures.repeat_interleave(cells, 0),
         targets=classes[sources].flatten(),
-        masks=grid_cells(grid, *pictures.shape[2:]).to(images.device).repeat(count, 1, 1),
+        masks=grid_cells(grid, *pictures.shape[2:]).to(images.device).repeat(n_samples, 1, 1),
         sources=sources,
     )
 
