@@ -33,8 +33,8 @@ from attrbox.errors import (
 )
 from attrbox.methods.base import Method, MethodSpec
 from attrbox.methods.comparison import Comparison
-from attrbox.methods.context.chunk import Settings
 from attrbox.methods.context.finite import check_scores, first_site, non_finite_rows, told
+from attrbox.methods.context.passes import Settings
 from attrbox.methods.context.run import Run
 
 Chosen: TypeAlias = dict[str, tuple[MethodSpec, Method]]

@@ -27,4 +27,4 @@ class Random(Method):
 
     def attribute(self, run: Run) -> Tensor:
         shape = (len(run.images), run.scores.shape[1], *run.images.shape[1:])
-        return run.normal(0).unsqueeze(1).expand(shape).clone()
+        return run.samples.normal(0).unsqueeze(1).expand(shape).clone()

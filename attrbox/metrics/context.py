@@ -7,30 +7,25 @@ that do not care which metric, method or image a view belongs to.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar, cast
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from attrbox.core.fills import fill_images
 from attrbox.core.memory import backing_off
 from attrbox.core.outputs import Outputs
-from attrbox.core.random_streams import numbers, permutations, streams
+from attrbox.core.random_streams import streams
 from attrbox.core.results import Provenance
 from attrbox.core.targets import Target
-from attrbox.engine.calling import forward
-from attrbox.engine.folding import Unwatched
 from attrbox.errors import InputError, OptionError
 from attrbox.methods.base import method_registry as registry
-from attrbox.methods.context.chunk import Settings
+from attrbox.methods.context.passes import Once, Passes, Samples, Settings
 from attrbox.methods.context.run import Run
 from attrbox.methods.explaining import compare
 from attrbox.metrics.ranking import both_ends, inverse, region_sums
 from attrbox.metrics.records import Maps, Recipe, Scoring, Views, as_kept, frozen, named, pieces
-
-T = TypeVar("T")
-
 
 # Draws of a sample's stream of random numbers, apart from each other and from those that methods use.
 _TIES, _FILL = 2**40, 2**40 + 1
@@ -53,6 +48,8 @@ class Study:
         batch_size: images per pass that the caller asked for, if so.
         channels_last: show [n, C, H, W] images in this memory format.
         progress: called with the number of images that the model has seen.
+        once: keeps what is computed for one metric and may serve another.
+        samples: the images with their random numbers and baselines.
     """
 
     images: Tensor
@@ -67,9 +64,11 @@ class Study:
     batch_size: int | None = None
     channels_last: bool = True
     progress: Callable[[int], None] = lambda images: None
-    _cache: dict[tuple[object, ...], object] = field(default_factory=dict, repr=False)
+    once: Once = field(default_factory=Once, repr=False)
+    samples: Samples = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        self.samples = Samples(self.images, self.rows, self.seeds, self.target.samples)
         if self.model is not None and self.indices is None:
             self.indices = self._resolved()
 
@@ -93,21 +92,9 @@ class Study:
 
     # ------------------------------------------------------------------------------------------------- random numbers
 
-    def numbers(self, draw: int, shape: Sequence[int], uniform: bool = False) -> Tensor:
-        """Standard normal numbers, or uniform ones in [0, 1), of each image's own stream, [n, *shape]."""
-        return numbers(self.seeds, draw, shape, self.images, uniform)
-
-    def permutations(self, draw: int, size: int) -> Tensor:
-        """A random order of `size` things from each image's own stream, [n, size]."""
-        return permutations(self.seeds, draw, size, self.images.device)
-
     def fill(self, fill: float | str, sigma: float | None = None) -> Tensor:
         """What removed pixels show, [1 or n, C, H, W]; see `attrbox.core.fills.fill_images`."""
-
-        def compute() -> Tensor:
-            return fill_images(self.images, fill, lambda: self.numbers(_FILL, self.images.shape[1:]), sigma)
-
-        return self.once(("fill", fill, sigma), compute)
+        return self.once(("fill", fill, sigma), lambda: self.samples.fill(fill, sigma, _FILL))
 
     # ------------------------------------------------------------------------------------------------------- rankings
 
@@ -128,7 +115,7 @@ class Study:
     def _ordered(self, values: Tensor, most: int | None) -> tuple[Tensor, Tensor]:
         """Both orders of values [n, cells]."""
         cells = values.shape[1]
-        shuffled = self.once(("ties", cells), lambda: self.permutations(_TIES, cells))
+        shuffled = self.once(("ties", cells), lambda: self.samples.permutations(_TIES, cells))
         return both_ends(values, shuffled, lambda: self.once(("tie places", cells), lambda: inverse(shuffled)), most)
 
     def regions(self, heatmap: Tensor, region: int) -> Tensor:
@@ -164,7 +151,7 @@ class Study:
             while (start := sum(part.count for part in parts)) < len(self):
 
                 def work(size: int, start: int = start) -> Outputs:
-                    return self._forward(self.images[start : start + size])
+                    return self.passes.outputs(self.images[start : start + size])
 
                 part, self.per_pass = backing_off(self.per_pass, work)
                 parts.append(part)
@@ -202,7 +189,7 @@ class Study:
             def work(size: int, start: int = start) -> int:
                 shown = pieces(requests, start, start + size)
                 images = [requests[index].make(part) for index, part in shown]
-                outputs = self._forward(torch.cat(images) if len(images) > 1 else images[0])
+                outputs = self.passes.outputs(torch.cat(images) if len(images) > 1 else images[0])
                 rows = torch.cat([requests[index].rows[part] for index, part in shown])
                 scorings = {requests[index].scoring for index, _ in shown}
                 scored = {scoring: self._score(outputs, rows, scoring) for scoring in scorings}
@@ -218,15 +205,11 @@ class Study:
             self.progress(done)
         return scores
 
-    def _forward(self, images: Tensor) -> Outputs:
-        model = self.model
-        assert model is not None
-        if self.channels_last and images.dim() == 4:
-            images = images.contiguous(memory_format=torch.channels_last)
-        unwatched = self.once(("unwatched",), lambda: Unwatched(model))
-        with torch.no_grad():  # a copy for the model, which may write into it
-            returned = unwatched.run(images, lambda images: forward(model, images.clone()))
-        return Outputs(returned, len(images), torch.no_grad()(lambda: forward(model, torch.cat([images[:1]] * 2))))
+    @cached_property
+    def passes(self) -> Passes:
+        """The ways in which the model is run."""
+        assert self.model is not None
+        return Passes(self.model, self.images[:1], channels_last=self.channels_last)
 
     def _score(self, outputs: Outputs, rows: Tensor, scoring: Scoring) -> Tensor:
         indices = None if self.indices is None else self.indices[rows]
@@ -335,7 +318,7 @@ class Study:
         Raises:
             InputError: its shape does not fit the images, or it is not finite.
         """
-        return self.once(("baseline", id(baseline)), lambda: self._run(slice(0, len(self))).baseline(baseline))
+        return self.once(("baseline", id(baseline)), lambda: self.samples.baseline(baseline))
 
     def lost_channels(self, maps: Maps) -> bool:
         """Whether the largest channel stands for all, so that their sum cannot be told any more."""
@@ -373,9 +356,3 @@ class Study:
         settings = Settings(self.target, (0,), made.precision, made.channels_last)  # nothing is drawn
         rows = slice(self.rows.start + part.start, self.rows.start + part.stop)
         return Run(self.model, self.images[part], settings, rows, part.stop - part.start)
-
-    def once(self, key: tuple[Any, ...], compute: Callable[[], T]) -> T:
-        """What `compute` returns, computed the first time that `key` is asked for."""
-        if key not in self._cache:
-            self._cache[key] = compute()
-        return cast(T, self._cache[key])

@@ -16,7 +16,7 @@ from attrbox.core.hashing import known_weights_hash
 from attrbox.core.model_state import untouched
 from attrbox.core.targets import Target
 from attrbox.errors import AttrboxError, ForwardError, ModelError
-from attrbox.methods.context.chunk import Settings
+from attrbox.methods.context.passes import Settings
 from attrbox.methods.context.run import Run
 
 HALVES = [torch.float16, torch.bfloat16]

@@ -36,7 +36,7 @@ ASKS = {
         lambda run: run.feature_map("conv")[1].mean((2, 3, 4))[..., None, None, None] * run.gradient(LRPEpsilon()),
         {"layers": ("conv",), "rules": (LRPEpsilon(),)},
     ),
-    "noise": (lambda run: run.noise_moments(3, 0.1).variance, {"asks": (noise_key(3, 0.1),)}),
+    "noise": (lambda run: run.versions.noise_moments(3, 0.1).variance, {"asks": (noise_key(3, 0.1),)}),
 }  # fmt: skip
 NEIGHBORS = [
     [],

@@ -58,11 +58,11 @@ def first_site(run: Run, method: Method) -> str | None:
     rules = [rule for rule in method.rules if rule is not None]
     finder = _Finder(rules[0] if rules else None)
     try:
-        with run.autocast_recorded():
+        with run.passes.autocast_recorded():
             tape = record(run.model, run.images, [finder])
-            baseline = run.baseline(getattr(method, "baseline", 0.0)) if finder.uses_reference else None
+            baseline = run.samples.baseline(getattr(method, "baseline", 0.0)) if finder.uses_reference else None
             reference = None if baseline is None else tape.record_reference(baseline)
-            scores = run.settings.target.score(run.returned(tape.output), run.indices)
+            scores = run.score(tape)
             for k in range(scores.shape[1]):
                 tape.replay(scores[:, k], [tape.images], finder, reference=reference, keep=k + 1 < scores.shape[1])
     except AttrboxError:  # what cannot be recorded cannot be searched

@@ -5,274 +5,345 @@ model: one recorded forward serves all rules, one set of noise samples the whole
 with other arguments is computed anew, and nothing is computed that nobody asks for.
 """
 
-import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import TypeVar
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from attrbox.core.memory import backing_off
 from attrbox.core.options import identity
-from attrbox.engine.first_convolution import Stem, stem_of
-from attrbox.errors import ForwardError, ModelError, NothingHiddenWarning, TargetError
-from attrbox.methods.context.quadrature import quadratures
-from attrbox.methods.context.recorded import Recorded
+from attrbox.core.outputs import Outputs
+from attrbox.engine.site import Rule
+from attrbox.engine.site_function import Reference
+from attrbox.engine.tape import Tape
+from attrbox.errors import ModelError, UnsupportedModelError
+from attrbox.methods.context.passes import Once, Passes, Samples, Settings, in_channels_last
+from attrbox.methods.context.versions import Explained, Versions
 
-T = TypeVar("T")
+
+@dataclass(eq=False)
+class _Recorded:
+    """The recorded pass of the images and what hangs on it; all of it is forgotten together.
+
+    Attributes:
+        output: what the model returned.
+        references: recorded passes of baselines.
+        spent: whether the last declared replay has freed the activations.
+    """
+
+    tape: Tape
+    output: Outputs
+    references: dict[object, Reference] = field(default_factory=dict)
+    spent: bool = False
 
 
-@dataclass(frozen=True)
-class Moments:
-    """Mean and mean square of the gradients over noisy copies, [n, K, C, H, W]; `variance` is the biased one."""
+class Run:
+    """One chunk. Methods call its functions; the planner makes it and throws it away.
 
-    mean: Tensor
-    variance: Tensor
+    Attributes:
+        model: in evaluation mode.
+        images: [n, ...].
+        settings: what holds for the whole call.
+        rows: which of the call's images these are.
+        samples: the images with their random numbers and baselines.
+        passes: the ways in which the model is run.
+        once: keeps what is computed for one method and may serve another.
+        replayed: the rules that the method of the moment asked for.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        settings: Settings,
+        rows: slice,
+        per_pass: int,
+        rules: Sequence[Rule | None] = (),
+        layers: Sequence[str | None] = (),
+        keep: bool = True,
+        asked: Collection[object] = (),
+    ) -> None:
+        """`rules`, `layers` and `asked` (other quantities) are those that methods will ask for. Without `keep` it is
+        one rule or layer, once: so the recorded activations can be freed while it is replayed. A pass takes `per_pass`
+        images."""
+        self.model = model
+        self.images = images
+        self.settings = settings
+        self.rows = rows
+        self.samples = Samples(images, rows, settings.seeds[rows], settings.target.samples)
+        self.passes = Passes(model, images[:1], settings.precision, settings.channels_last)
+        self.once = Once()
+        self.replayed: list[Rule] = []
+        self._per_pass = per_pass
+        self._rules = list(rules)
+        self._layers = list(layers)
+        self._keep = keep
+        self._asked = asked
+        self._taped = bool(rules or layers)
+        self._maps: int | None = None  # how many feature maps to follow, where the last is not on the way to the scores
+        self._recorded: _Recorded | None = None
+        self._details: dict[str, Any] = {}
+
+    @cached_property
+    def versions(self) -> Versions:
+        """Passes over many versions of each image."""
+        return Versions(self.settings, self.samples, self.passes, self.explained, self._per_pass, self._asked)
+
+    def tell(self, **details: Any) -> None:
+        """What a method has to tell besides its maps; it becomes the `details` of the `Attribution`.
+
+        Tensors are [n, K, ...] and are joined over the chunks; so are objects with a class method `joined(parts)`.
+        Of anything else there is a list, one entry per chunk.
+        """
+        self._details.update(details)
+
+    def told(self) -> dict[str, Any]:
+        """What has been told since the last call."""
+        details, self._details = self._details, {}
+        return details
+
+    # ------------------------------------------------------------------------------------------------ the recorded pass
 
     @property
-    def mean_square(self) -> Tensor:
-        """E[g^2] = Var[g] + E[g]^2."""
-        return self.variance + self.mean**2
+    def tape(self) -> Tape:
+        """The recorded forward pass of the images."""
+        return self._recording.tape
 
+    @property
+    def _recording(self) -> _Recorded:
+        if self._recorded is None:
+            tape = self.passes.recorded(self.images, self._rules, self._layers, self._maps)
+            self._recorded = _Recorded(tape, self.passes.returned(tape.output, len(self.images)))
+        return self._recorded
 
-class Run(Recorded):
-    """One chunk with one recorded pass, and many passes per image. Methods call its functions; the planner makes it and
-    throws it away."""
+    def _serve(self, rule: Rule | None = None, layers: Sequence[str | None] = ()) -> Tape:
+        """The recorded pass, recorded again if it cannot serve these: where a method did not declare what it asks for,
+        or its activations are freed. So a map depends neither on the declaration nor on the methods beside it."""
+        missing = [layer for layer in layers if layer not in self._layers]
+        known = rule is None or any(rule == other for other in self._rules) or self.tape.serves(rule)
+        if missing or not known or (self._recorded is not None and self._recorded.spent):
+            self.release()
+            self._rules += [] if known else [rule]
+            self._layers += missing
+            self._keep = True
+        return self.tape
 
-    # ------------------------------------------------------------------------------------------ many passes per image
+    def release(self) -> None:
+        """Forget the recorded pass; what it told of the scores is kept, for other methods need it."""
+        _ = self.explained
+        self._recorded = None
 
-    def path_gradient(self, steps: int, quadrature: str, baseline: float | Tensor) -> Tensor:
-        """The gradient averaged along the straight line from the baseline to the image, [n, K, C, H, W].
+    @cached_property
+    def explained(self) -> Explained:
+        """The explained scores and classes."""
+        if self._taped:
+            output = self._recording.output
+        else:  # nobody replays anything at the images themselves
+            with torch.no_grad():
+                output = self.bare_forward()
+        target = self.settings.target
+        indices = target.resolve(output, self.rows)
+        scores = target.score(output, indices).detach().to(self.images.dtype)
+        return Explained(scores, indices, output.predicted)
 
-        sum_k w_k grad f(x0 + a_k (x - x0)),     nodes a_k and weights w_k of `quadrature` on [0, 1]
-        """
+    @property
+    def scores(self) -> Tensor:
+        """The explained scores of the images, [n, K], without gradient."""
+        return self.explained.scores
+
+    @property
+    def indices(self) -> Tensor | None:
+        """The explained class indices, [n, K]; None for a target function."""
+        return self.explained.indices
+
+    @property
+    def predictions(self) -> Tensor | None:
+        """The class of the largest output, [n]; None if the outputs are not [n, classes]."""
+        return self.explained.predictions
+
+    def score(self, tape: Tape) -> Tensor:
+        """The explained scores in a pass of the images, [n, K], with their graph."""
+        return self.settings.target.score(self.passes.returned(tape.output, len(self.images)), self.indices)
+
+    def scores_in(self, unit: str) -> Tensor:
+        """The same in a unit (`attrbox.core.targets.UNITS`), [n, K], of the kind of pass that masked images take; one
+        more pass unless it is "logit" and that kind is the recorded one's."""
 
         def compute() -> Tensor:
-            nodes, weights = (torch.from_numpy(values).to(self.images) for values in quadratures[quadrature](steps))
-            start = self.baseline(baseline)
-            change = self.images - start
-            return self._weighted(weights, lambda draws: start + _steps(nodes[draws], change) * change)
+            scores = self.settings.target.score(self.passes.outputs(self.images), self.indices, unit)
+            return scores.to(self.images.dtype)
 
-        return self.once(("path", steps, quadrature, identity(baseline)), compute)
+        recorded = unit == "logit" and self.settings.precision != torch.float16
+        return self.scores if recorded else self.once(("scored", unit), compute)
 
-    def noise_mean(self, samples: int, noise: float) -> Tensor:
-        """The mean of `noise_moments`, [n, K, C, H, W]; for less than the moments, if no method asks for those."""
-        if noise_key(samples, noise) in self._asked:
-            return self.noise_moments(samples, noise).mean
-
-        def compute() -> Tensor:
-            weights = self.images.new_full((samples,), 1 / samples)
-            return self._weighted(weights, self._noisy(noise))
-
-        return self.once(("noise mean", samples, noise), compute)
-
-    def noise_moments(self, samples: int, noise: float) -> Moments:
-        """Moments of the gradient over `samples` copies with Gaussian noise, of standard deviation
-        `noise * (max - min)` of each image.
-
-        Sample k of an image depends on the image's seed and on k alone: neither on the chunk nor on its batch mates.
-        """
-
-        def compute() -> Moments:
-            mean, squares, count = self._zeros(), self._zeros(), 0
-            for draws, gradients, _ in self._gradients(samples, self._noisy(noise)):
-                # Welford's update by groups (Chan et al. 1979): no cancellation in the variance.
-                size = draws.stop - draws.start
-                group = gradients.mean(0)
-                squares += ((gradients - group) ** 2).sum(0) + (group - mean) ** 2 * (count * size / (count + size))
-                mean += (group - mean) * (size / (count + size))
-                count += size
-            return Moments(mean, squares / samples)
-
-        return self.once(noise_key(samples, noise), compute)
-
-    def _noisy(self, noise: float) -> Callable[[slice], Tensor]:
-        """Draws -> noisy copies of the images, [draws, n, ...]."""
-        images = self.images
-        axes = tuple(range(1, images.dim()))
-        deviation = noise * (images.amax(axes, keepdim=True) - images.amin(axes, keepdim=True))
-        return lambda draws: images + self._noise(draws) * deviation
-
-    def _noise(self, draws: slice) -> Tensor:
-        return torch.stack([self.normal(draw) for draw in range(draws.start, draws.stop)])
-
-    def _weighted(self, weights: Tensor, inputs: Callable[[slice], Tensor]) -> Tensor:
-        """sum_k w_k grad f(x_k), [n, K, ...]: summed behind the first convolution where that can be told apart, and
-        taken through it once (see `attrbox.engine.first_convolution`)."""
-        total, behind, stem = self._zeros(), None, None
-        for draws, gradients, through in self._gradients(len(weights), inputs, at_stem=True):
-            part = torch.einsum("s,s...->...", weights[draws], gradients)
-            if through is None:
-                total += part
-            else:
-                behind, stem = part if behind is None else behind + part, through
-        if stem is not None and behind is not None:
-            total += stem.pull(behind.flatten(0, 1)).view(total.shape)
-        return total
-
-    def _gradients(
-        self, draws: int, inputs: Callable[[slice], Tensor], at_stem: bool = False
-    ) -> Iterator[tuple[slice, Tensor, Stem | None]]:
-        """Plain gradients of many versions of each image: yields (draws, gradients [draws, n, K, ...], None) by groups.
-
-        `inputs(draws)` makes the versions, [draws, n, ...]. Groups are as large as `per_pass` allows, and shrink when
-        memory runs out. With `at_stem` the gradients may be those behind the stem that comes with them.
-        """
-
-        def work(group: slice, size: int) -> tuple[Tensor, Stem | None]:
-            versions = inputs(group)
-            gradients, stem = self._native(versions.flatten(0, 1), self._indices(len(versions)), size, at_stem)
-            return gradients.view(*versions.shape[:2], *gradients.shape[1:]), stem
-
-        for group, (gradients, stem) in self._grouped(draws, work):
-            yield group, gradients, stem
-
-    def _grouped(self, draws: int, work: Callable[[slice, int], T]) -> Iterator[tuple[slice, T]]:
-        """`work(group, per_pass)` for one group of draws after the other, as large as memory allows."""
-        start = 0
-        while start < draws:
-
-            def attempt(size: int, start: int = start) -> tuple[slice, T]:
-                group = slice(start, min(draws, start + max(1, size // len(self.images))))
-                return group, work(group, size)
-
-            try:
-                (group, result), self.per_pass = backing_off(self.per_pass, attempt)
-            except (ForwardError, TargetError):  # a model, or a target function, with something of the batch's size
-                if self.per_pass <= len(self.images):
-                    raise
-                self.per_pass = len(self.images)
-                continue
-            yield group, result
-            start = group.stop
-
-    def _indices(self, count: int) -> Tensor | None:
-        """The explained classes of `count` versions of each image, [count * n, K]."""
-        return None if self.indices is None else self.indices.repeat(count, 1)
-
-    def _native(
-        self, images: Tensor, indices: Tensor | None, per_pass: int, at_stem: bool
-    ) -> tuple[Tensor, Stem | None]:
-        """Plain gradients of the scores, [m, K, ...], by autograd alone, `per_pass` images at a time."""
-        parts: list[Tensor] = []
-        stem = None
-        for rows in (slice(i, i + per_pass) for i in range(0, len(images), per_pass)):
-            part = images[rows]
-            tape = self.plain(part)
-            with self.autocast():
-                output = self.returned(tape.output, len(part))
-                scores = self.settings.target.score(output, None if indices is None else indices[rows])
-                # Parts of one group must be of one kind; it has several only where one step is too large for a pass.
-                stem = stem_of(scores, tape.images) if at_stem and len(part) == len(images) else None
-                inputs = [tape.images if stem is None else stem.edge]
-                count = scores.shape[1]
-                gradients = [tape.replay(scores[:, k], inputs, keep=k + 1 < count)[0] for k in range(count)]
-            parts.append(torch.stack(gradients, 1).to(images.dtype))
-            self.settings.progress(len(part))
-        return torch.cat(parts) if len(parts) > 1 else parts[0], stem
-
-    def masked(
-        self, draws: int, masks: Callable[[slice], Tensor], fill: Tensor, unit: str = "logit"
-    ) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Scores of many masked versions y + m (x - y) of each image, without gradients.
-
-        Args:
-            draws: versions of each image.
-            masks: a slice of the draws -> their masks m, [draws, 1 or n, 1 or C, ...].
-            fill: y, what shows where the mask is 0, [1 or n, C, ...].
-            unit: what the classes score.
-
-        Yields:
-            Draws, their masks and scores [draws, n, K], by groups as large as memory allows.
+    def bare_forward(self) -> Outputs:
+        """The model's outputs with nothing recorded.
 
         Raises:
-            ModelError: a score is NaN or infinite, or the model returned something ill-shaped.
-
-        Warns:
-            NothingHiddenWarning: an image already shows what its masked pixels would.
+            ModelError, TargetError: they have not one row, or score, for each image.
         """
-        change = self.images - fill
-        sizes = [part.abs().flatten(1).amax(1) for part in (change, self.images)]
-        hidden = sizes[0] > 8 * torch.finfo(change.dtype).eps * sizes[1]
+        output = self.passes.unrecorded(self.images)
+        self.settings.target.check_rows(output)
+        return output
 
-        def work(group: slice, size: int) -> tuple[Tensor, Tensor]:
-            shown = masks(group)
-            versions = torch.addcmul(fill, shown, change).flatten(0, 1)
-            indices = self._indices(len(shown))
-            scores = []
-            for rows in (slice(i, i + size) for i in range(0, len(versions), size)):
-                output = self.bare(versions[rows])
-                score = self.settings.target.score(output, None if indices is None else indices[rows], unit)
-                scores.append(score.to(self.images.dtype))
-                self.settings.progress(len(score))
-            return shown, torch.cat(scores).view(len(shown), len(self.images), -1)
+    def _scores(self) -> Tensor:
+        """The explained scores, [n, K], with the graph of the recorded pass."""
+        return self.settings.target.score(self._recording.output, self.indices)
 
-        finite = torch.ones(len(self.images), dtype=torch.bool, device=self.images.device)
-        for group, (shown, scores) in self._grouped(draws, work):
-            finite &= scores.isfinite().all(2).all(0)
-            yield group, shown, scores
-        if finite.is_meta or bool((finite & hidden).all()):  # one look at the device, after all passes
-            return
-        if not bool(finite.all()):
-            bad = ((~finite).nonzero().flatten() + self.rows.start).tolist()
-            raise ModelError(
-                f"The model returned NaN or infinite scores on masked versions of the images {bad[:10]}, so nothing "
-                "can be told about these. Mend the model, or fill the masked pixels with something else."
-            )
-        same = ((~hidden).nonzero().flatten() + self.rows.start).tolist()
-        warnings.warn(
-            f"Hiding pixels changes nothing in the images {same[:10]}: what hides them is what they show (superpixels "
-            "of one color under fill='segment', a blank image under its own value), so their maps are 0. Choose "
-            "another fill.",
-            NothingHiddenWarning,
-            stacklevel=2,
-        )
+    def _replay(self, inputs: Tensor, rule: Rule | None = None, reference: Reference | None = None) -> Tensor:
+        """The gradient of each score with respect to `inputs`, [n, K, ...]."""
+        scores, recording = self._scores(), self._recording
+        count = scores.shape[1]
+        with self.passes.autocast_recorded():
+            gradients = [
+                recording.tape.replay(
+                    scores[:, k], [inputs], rule, reference=reference, keep=self._keep or k + 1 < count
+                )[0]
+                for k in range(count)
+            ]
+        recording.spent = not self._keep
+        return torch.stack(gradients, 1).to(self.images.dtype)
 
-    def scored(
-        self, versions: Tensor, rows: Tensor, columns: Tensor, unit: str = "logit", gradient: bool = True
-    ) -> tuple[Tensor, Tensor | None]:
-        """Scores of versions of the images, [m], and their gradients with respect to these, [m, C, ...].
+    def gradient(self, rule: Rule | None = None, baseline: float | Tensor = 0.0) -> Tensor:
+        """Gradient of each score with respect to the images, propagated by `rule`, [n, K, C, H, W].
 
         Args:
-            versions: [m, C, ...], as many of each image.
-            rows: whose version each is, [m].
-            columns: which of the K targets it is scored for, [m].
-            unit: what the classes score.
-            gradient: False for the scores alone.
+            rule: None for the true gradient.
+            baseline: what a rule that uses a reference compares with.
+        """
+        uses_reference = rule is not None and rule.uses_reference
+        key = ("gradient", rule, identity(baseline) if uses_reference else None)
+        self.replayed += [] if rule is None else [rule]
+
+        def compute() -> Tensor:
+            tape = self._serve(rule)
+            reference = self.reference(baseline) if uses_reference else None
+            return self._replay(tape.images, rule, reference)
+
+        return self.once(key, compute)
+
+    def gradient_of_one(self, row: int, column: int, rule: Rule) -> Tensor:
+        """The gradient of one score of one image with respect to that image, propagated by `rule`, [C, H, W]."""
+        self.replayed.append(rule)
+        tape = self._serve(rule)
+        with self.passes.autocast_recorded():
+            return tape.replay(self._scores()[row, column], [tape.images], rule)[0][row].to(self.images.dtype)
+
+    def feature_map(self, layer: str | None) -> tuple[Tensor, Tensor]:
+        """A layer's output [n, C, ...], and the gradient of each score with respect to it, [n, K, C, ...]."""
+
+        def compute() -> tuple[Tensor, Tensor]:
+            tape = self._serve(layers=[layer])
+            if layer is None and self._maps is None:
+                self._maps = tape.maps_on_the_way(self._scores().unbind(1))
+                if self._maps is not None:
+                    self.release()
+                    tape = self.tape
+            features, grid = tape.feature_maps[layer], tape.grids[layer]
+            if len(features) != len(self.images):
+                return self._maps_one_by_one(layer, len(features))
+            gradient = self._replay(features)
+            spatial = grid.spatial(gradient.flatten(0, 1))
+            return (
+                grid.spatial(features.detach()).to(self.images.dtype),
+                spatial.reshape(*gradient.shape[:2], *spatial.shape[1:]),
+            )
+
+        return self.once(("feature_map", layer), compute)
+
+    def feature_maps(self, layer: str | None) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """The feature maps that explain the scores: of each the features [n, C, ...], the gradients [n, K, C, ...], and
+        for which scores it counts, [n, K].
+
+        There is one, but where a model joins heads to one output: there the last map says nothing about the scores of
+        the other heads, and each score gets the last one that does.
+        """
+        features, gradient = self.feature_map(layer)
+        counts = (gradient != 0).flatten(2).any(2)
+        everywhere = torch.ones_like(counts)
+        alone = [(features, gradient, everywhere)]
+        if layer is not None or len(self.tape.feature_maps[layer]) != len(self.images):  # several rows per image
+            return alone
+        if not self.tape.has_ways_around(self._scores().unbind(1)) or counts.is_meta or bool(counts.all()):
+            return alone
+        tape = self._serve(layers=[None])
+        with self.passes.autocast():
+            places = torch.stack([tape.last_map_with_gradient(score) for score in self._scores().unbind(1)], 1)
+        places = places.masked_fill(counts, 0)
+        found = [(features, gradient, places == 0)]  # those without any gradient too
+        for place in sorted(set(places.flatten().tolist()) - {0}):
+            run = Run(self.model, self.images, self.settings, self.rows, self._per_pass, [], [None])
+            run._maps = place
+            found.append((*run.feature_map(None), places == place))
+        return found
+
+    def one_by_one(self, layers: Sequence[str | None] = ()) -> list["Run"]:
+        """Each image as a chunk of its own, for models whose rows take ways of their own."""
+        first = self.rows.start
+        return [
+            Run(self.model, image, self.settings, slice(first + i, first + i + 1), 1, [], layers)
+            for i, image in enumerate(torch.split(self.images, 1))
+        ]
+
+    def _maps_one_by_one(self, layer: str | None, rows: int) -> tuple[Tensor, Tensor]:
+        """The feature maps of a model that runs its layers row by row, image by image.
+
+        Raises:
+            UnsupportedModelError: it lays several views of an image into the batch axis.
+        """
+        n = len(self.images)
+        if n == 1:
+            raise UnsupportedModelError(
+                f"The layer {layer or '(the last feature map)'!r} has {rows} rows for one image: the model lays crops, "
+                "views or windows of it into the batch axis, so there is no one map over the image. Name a layer that "
+                "has one row per image, layer=..., or use a method without layers."
+            )
+        parts = [one.feature_map(layer) for one in self.one_by_one([layer])]
+        return torch.cat([features for features, _ in parts]), torch.cat([gradient for _, gradient in parts])
+
+    def reference(self, baseline: float | Tensor) -> Reference:
+        """The recorded forward pass of a baseline."""
+
+        recording, key = self._recording, identity(baseline)
+        if key not in recording.references:
+            with self.passes.autocast_recorded():
+                recording.references[key] = recording.tape.record_reference(self.samples.baseline(baseline))
+        return recording.references[key]
+
+    def baseline_scores(self, baseline: float | Tensor) -> Tensor:
+        """The explained scores at the baseline, [n, K]."""
+
+        @torch.no_grad()
+        def compute() -> Tensor:
+            images = self.samples.baseline(baseline)
+            each = images.expand_as(self.images)
+            reference = self._recorded.references.get(identity(baseline)) if self._recorded else None
+            try:
+                if self.indices is None:  # a function, which may have something of its own for each image
+                    output = self.passes.unrecorded(each)
+                elif reference is not None:
+                    output = self.passes.returned(reference.output, reference.count)
+                else:
+                    output = self.passes.unrecorded(images)
+                if output.count < len(each):
+                    scores = output.scores
+                    output = self.passes.returned(scores.expand(len(each), *scores.shape[1:]), len(each))
+            except ModelError:  # the model may take batches of one size only
+                if len(images) == len(each):
+                    raise
+                output = self.passes.unrecorded(each)
+            return self.settings.target.score(output, self.indices).detach().to(self.images.dtype)
+
+        return self.once(("baseline_scores", identity(baseline)), compute)
+
+    def recording(self, rule: Rule, key: object) -> Tape:
+        """A recorded pass of its own for a rule whose replays are differentiated; one for all with the same `key`.
+
+        Always in the memory format channels_last, whatever the call says and the images are: iterations amplify the
+        rounding in which formats differ, and a map must not depend on an option for speed.
         """
 
-        def work(size: int) -> tuple[Tensor, Tensor | None]:
-            scores, gradients = [], []
-            pieces = -(-len(versions) // size)
-            # Image by image within each piece, as in the call itself: a model may have side inputs of the batch's size.
-            order = rows.argsort(stable=True).view(len(self.images), -1).T.flatten() if pieces > 1 else None
-            given = (versions, rows, columns) if order is None else (versions[order], rows[order], columns[order])
-            for part, row, column in zip(*(t.tensor_split(pieces) for t in given), strict=True):
-                indices = None if self.indices is None else self.indices[row]
-                tape = self.plain(part) if gradient else None
-                output = self.returned(tape.output, len(part)) if tape else self.bare(part)
-                with self.autocast():
-                    score = self.settings.target.score(output, indices, unit).gather(1, column[:, None])[:, 0]
-                scores.append(score.detach().to(versions.dtype))
-                if tape:
-                    gradients.append(tape.replay(score, [tape.images], keep=False)[0])
-                self.settings.progress(len(part))
-            back = slice(None) if order is None else order.argsort()
-            return torch.cat(scores)[back], torch.cat(gradients)[back] if gradient else None
-
-        result, self.per_pass = backing_off(self.per_pass, work)
-        return result
-
-    def _zeros(self) -> Tensor:
-        images = self.images
-        return images.new_zeros((len(images), self.scores.shape[1], *images.shape[1:]))
-
-
-def noise_key(samples: int, noise: float) -> tuple[object, ...]:
-    """What methods that need `noise_moments` name in `Method.asks`."""
-    return ("noise", samples, noise)
-
-
-def _steps(nodes: Tensor, like: Tensor) -> Tensor:
-    return nodes.view(-1, *(1,) * like.dim())
+        images = in_channels_last(self.images)
+        return self.once(("recording", key), lambda: self.passes.recorded(images, [rule], twice=True))

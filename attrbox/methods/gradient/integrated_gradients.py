@@ -39,8 +39,8 @@ class IntegratedGradients(Method):
         return self.steps
 
     def attribute(self, run: Run) -> Tensor:
-        gradient = run.path_gradient(self.steps, self.quadrature, self.baseline)
-        return gradient * (run.images - run.baseline(self.baseline)).unsqueeze(1)
+        gradient = run.versions.path_gradient(self.steps, self.quadrature, self.baseline)
+        return gradient * (run.images - run.samples.baseline(self.baseline)).unsqueeze(1)
 
     def expected(self, run: Run) -> Tensor:
         return run.scores - run.baseline_scores(self.baseline)

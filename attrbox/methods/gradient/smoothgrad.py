@@ -16,7 +16,8 @@ from torch import Tensor
 from attrbox.core.options import option
 from attrbox.core.validation import check, check_count, check_flag
 from attrbox.methods.base import Method, register_method
-from attrbox.methods.context.run import Moments, Run, noise_key
+from attrbox.methods.context.run import Run
+from attrbox.methods.context.versions import Moments, noise_key
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +61,7 @@ class SmoothGrad(_Noisy):
         check_flag("times_input", self.times_input)
 
     def attribute(self, run: Run) -> Tensor:
-        mean = run.noise_mean(self.n_samples, self.noise_fraction)
+        mean = run.versions.noise_mean(self.n_samples, self.noise_fraction)
         values = mean * run.images.unsqueeze(1) if self.times_input else mean
         return values.abs() if self.absolute else values
 
@@ -72,7 +73,7 @@ class _Squared(_Noisy):
         return (noise_key(self.n_samples, self.noise_fraction),)
 
     def moments(self, run: Run) -> Moments:
-        return run.noise_moments(self.n_samples, self.noise_fraction)
+        return run.versions.noise_moments(self.n_samples, self.noise_fraction)
 
 
 @register_method(

@@ -16,7 +16,7 @@ from attrbox.engine.site import FunctionInfo, Site
 from attrbox.engine.tape import Tape, record
 from attrbox.errors import ModelError, OptionError
 from attrbox.methods.base import Method
-from attrbox.methods.context.chunk import in_channels_last
+from attrbox.methods.context.passes import in_channels_last
 from attrbox.methods.context.run import Run
 from attrbox.rules.deeplift import DeepLift
 from attrbox.rules.learned import Differences, LearnedRule
@@ -73,10 +73,10 @@ def prepared(rule: LearnedRule, modules: str | None, run: Run, k: int) -> tuple[
     """The recorded pass, the rule with its features, and the sites that get parameters."""
     tape = recorded(rule, run)
     chosen = sites_within(tape, modules)
-    with run.autocast_recorded():
-        reference = tape.record_reference(run.baseline(0.0)) if rule.compares else None
+    with run.passes.autocast_recorded():
+        reference = tape.record_reference(run.samples.baseline(0.0)) if rule.compares else None
         first = Differences(rule, frozenset(site.index for site in chosen))
-        score = run.settings.target.score(run.returned(tape.output), run.indices)[:, k]
+        score = run.score(tape)[:, k]
         tape.replay(score, [tape.images], first, reference=reference)
     # A site that no gradient passes on the way to this score has nothing to learn.
     rule.differences = first.differences
@@ -140,10 +140,10 @@ def regions(run: Run, sigma: float) -> list[Tensor | None]:
         return [None for _ in targets]
     need_images(run.images, "A region (region_fraction > 0)")
     rule = DeepLift()
-    with run.autocast_recorded():
+    with run.passes.autocast_recorded():
         tape = record(run.model, in_channels_last(run.images), [rule])
-        reference = tape.record_reference(run.baseline(0.0))
-        scores = run.settings.target.score(run.returned(tape.output), run.indices)
+        reference = tape.record_reference(run.samples.baseline(0.0))
+        scores = run.score(tape)
         gradients = [tape.replay(scores[:, k], [tape.images], rule, reference=reference)[0] for k in targets]
     found: list[Tensor | None] = []
     for gradient in gradients:
@@ -157,8 +157,8 @@ def chained(
     run: Run, tape: Tape, rule: LearnedRule, reference: Any, k: int, sigma: float, region: Tensor | None
 ) -> Tensor:
     """X * G_X under the rule, [n, C, ...], within the region, smoothed."""
-    with run.autocast_recorded():
-        score = run.settings.target.score(run.returned(tape.output), run.indices)[:, k]
+    with run.passes.autocast_recorded():
+        score = run.score(tape)[:, k]
         (gradient,) = tape.replay(score, [tape.images], rule, reference=reference)
     values = tape.images.detach() * gradient
     if region is not None:

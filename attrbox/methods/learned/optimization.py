@@ -20,7 +20,7 @@ from attrbox.core.validation import check, check_choice, check_count, check_flag
 from attrbox.engine.site import Site
 from attrbox.engine.tape import Tape
 from attrbox.errors import NoGradientError, OptionError
-from attrbox.methods.context.chunk import in_channels_last
+from attrbox.methods.context.passes import in_channels_last
 from attrbox.methods.context.run import Run
 from attrbox.methods.learned.chain import Propagating, chained, channel_sum, prepared, recorded, sites_within, weighed
 from attrbox.methods.masking.generators import MaskGenerator, masks
@@ -152,7 +152,7 @@ def learn(method: Learning, run: Run, region: Tensor | None, k: int, restart: in
     leaves = list(parameters.values())
     fused = not images.is_meta and images.device.type in ("cpu", "cuda")
     adam = torch.optim.Adam(leaves, lr=method.lr, fused=fused)
-    draws = run.numbers(first + _CHOICES, (method.iterations, 2), uniform=True).expand(n, -1, -1)
+    draws = run.samples.numbers(first + _CHOICES, (method.iterations, 2), uniform=True).expand(n, -1, -1)
     game = _Game(method, run, images, k)
     losses = images.new_zeros(n, method.iterations)
     alive = torch.ones(n, dtype=torch.bool, device=images.device)
@@ -162,8 +162,8 @@ def learn(method: Learning, run: Run, region: Tensor | None, k: int, restart: in
 
     all_alive = True
     for step in range(method.iterations):
-        with run.autocast_recorded(), part("chain"):
-            score = run.settings.target.score(run.returned(tape.output), run.indices)[:, k]
+        with run.passes.autocast_recorded(), part("chain"):
+            score = run.score(tape)[:, k]
             (gradient,) = tape.replay(score, [tape.images], rule, reference=reference, create_graph=True)
         map = generator.smoothed(weighed(region, channel_sum(images * gradient)))
         positive, negative = generator.masks(map, draws[:, step, 0])
@@ -227,7 +227,7 @@ def _start(method: Learning, run: Run, rule: LearnedRule, sites: list[Site], dra
         if method.initial == "ones":
             start = difference.new_ones((len(run.images), *shape))
         else:
-            numbers = run.numbers(draw + site.index, shape).to(difference.dtype)
+            numbers = run.samples.numbers(draw + site.index, shape).to(difference.dtype)
             start = numbers.expand(len(run.images), *shape).clone()
         if start.shape == difference.shape and start.dim() == 4:
             last = difference.is_contiguous(memory_format=torch.channels_last)
@@ -246,7 +246,9 @@ class _Game:
         self.k = k
         self._kept: dict[str, Tensor] = {}
         with torch.no_grad():
-            self.score = self._score(run.returned(recorded(method.plugged, run).output), run.indices)
+            self.score = self._score(
+                run.passes.returned(recorded(method.plugged, run).output, len(images)), run.indices
+            )
 
     def play(self, positive: Tensor, negative: Tensor, draw: int, choice: Tensor) -> tuple[Tensor, Tensor]:
         """L+ + L- [n], without gradient, and a number whose gradient with respect to the masks is that of its sum."""
@@ -274,12 +276,13 @@ class _Game:
     def _passes(self, masked: Tensor) -> tuple[Tensor, Tensor]:
         run, indices = self.run, self.run.indices
         scores, gradients = [], []
-        for start in range(0, len(masked), run.per_pass):
-            some = masked[start : start + run.per_pass]
+        for start in range(0, len(masked), run.versions.per_pass):
+            some = masked[start : start + run.versions.per_pass]
             rows = (torch.arange(start, start + len(some), device=some.device)) % len(self.images)
-            with run.autocast(), part("masked forward"):
-                tape = run.plain(some)
-                score = self._score(run.returned(tape.output, len(some)), None if indices is None else indices[rows])
+            with run.passes.autocast(), part("masked forward"):
+                tape = run.passes.plain(some)
+                output = run.passes.returned(tape.output, len(some))
+                score = self._score(output, None if indices is None else indices[rows])
             scores.append(score.detach().to(masked.dtype))
             with part("masked backward"):
                 gradients.append(tape.replay(score, [tape.images], keep=False)[0])
@@ -307,7 +310,7 @@ class _Game:
     def _shown(self, fill: str, draw: int) -> Tensor:
         """One fill; those that are the same in every iteration are kept."""
         if fill == "noise":
-            return fill_images(self.images, fill, lambda: self.run.normal(draw + _NOISE))
+            return fill_images(self.images, fill, lambda: self.run.samples.normal(draw + _NOISE))
         if fill not in self._kept:
             self._kept[fill] = fill_images(self.images, fill, lambda: self.images)
         return self._kept[fill]

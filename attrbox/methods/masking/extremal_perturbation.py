@@ -175,7 +175,7 @@ class _Extremal(Problem):
             per_image = (shown if sign > 0 else 1 - shown).view(len(self.run.images), -1, *shown.shape[1:])
             versions, steps = (values.flatten(0, 1) for values in self.pyramid.at(per_image))
             versions = versions.flip(-1) if flip else versions
-            scores, slopes = self.run.scored(versions, self.rows, self.columns, self.unit, gradient)
+            scores, slopes = self.run.versions.scored(versions, self.rows, self.columns, self.unit, gradient)
             reward += sign * scores
             if slope is not None and slopes is not None:  # both signs once more: of the score and of 1 - m
                 slope += ((slopes.flip(-1) if flip else slopes) * steps).sum(1)

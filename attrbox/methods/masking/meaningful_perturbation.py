@@ -125,9 +125,9 @@ class _Meaningful(Problem):
             for cells, side in zip(self.grid, sides, strict=True)
         ]
         self.noisy = isinstance(method.fill, str) and method.fill == "noise"
-        self.fill = run.fill("mean" if self.noisy else method.fill, method.blur).expand(images.shape)
+        self.fill = run.samples.fill("mean" if self.noisy else method.fill, method.blur).expand(images.shape)
         self.deviation = images.std((2, 3), keepdim=True, unbiased=False)
-        shifts = run.numbers(_JITTER, (method.iterations, 2), uniform=True).expand(len(images), -1, -1)
+        shifts = run.samples.numbers(_JITTER, (method.iterations, 2), uniform=True).expand(len(images), -1, -1)
         self.shifts = (shifts * max(1, method.jitter)).long()
 
     def start(self) -> Tensor:
@@ -135,14 +135,14 @@ class _Meaningful(Problem):
         if self.method.initial == "ones":
             return self.fill.new_ones(len(self.rows), *self.grid)
         if self.method.initial == "random":
-            return self.run.numbers(_START, self.grid, uniform=True).expand(n, *self.grid)[self.rows]
+            return self.run.samples.numbers(_START, self.grid, uniform=True).expand(n, *self.grid)[self.rows]
         return self._circle().reshape(n * targets, *self.grid)
 
     def _circle(self) -> Tensor:
         """The smallest disc that takes 99 % of the way from the image's score to that of the largest, [n, K, h, w]."""
         run = self.run
         discs = 1 - circles(RADII, 10.0, run.images.shape[-2:], run.images)
-        groups = run.masked(len(RADII), lambda part: discs[part, None, None], self.fill, self.unit)
+        groups = run.versions.masked(len(RADII), lambda part: discs[part, None, None], self.fill, self.unit)
         scores = torch.cat([scores for _, _, scores in groups])  # [radii, n, K]; the radius 0 is one pixel
         gone = scores - scores[-1] < 0.01 * (scores[:1] - scores[-1])
         first = torch.where(gone.any(0), gone.long().argmax(0), len(RADII) - 1)
@@ -171,9 +171,9 @@ class _Meaningful(Problem):
         change = (images - fill)[self.rows]
         versions = torch.addcmul(fill[self.rows], masks.unsqueeze(1), change)
         if self.method.noise:
-            draws = self.run.normal(_NOISE + 2 * step).expand(images.shape)
+            draws = self.run.samples.normal(_NOISE + 2 * step).expand(images.shape)
             versions = versions + self.method.noise * draws[self.rows]
-        scores, slopes = self.run.scored(versions, self.rows, self.columns, self.unit)
+        scores, slopes = self.run.versions.scored(versions, self.rows, self.columns, self.unit)
         assert slopes is not None
         sign = -1 if self.method.game == "delete" else 1
         return sign * scores, sign * (slopes * change).sum(1)
@@ -182,7 +182,7 @@ class _Meaningful(Problem):
         """The images and their fill in this step, both [n, C, H, W]."""
         images, fill, jitter = self.run.images, self.fill, self.method.jitter
         if self.noisy:
-            fill = fill + self.deviation * self.run.normal(_NOISE + 2 * step + 1)
+            fill = fill + self.deviation * self.run.samples.normal(_NOISE + 2 * step + 1)
         if jitter < 2:
             return images, fill
         return tuple(_shifted(tensor, self.shifts[:, step], jitter) for tensor in (images, fill))  # type: ignore[return-value]

@@ -99,7 +99,7 @@ class KernelShap(Segmented):
             pairs = max(1, left // 2)
             half = [s for s in weights if s <= d - s]
             shares = run.images.new_tensor([weights[s] + (weights[d - s] if s != d - s else 0) for s in half])
-            numbers = run.numbers_of(row, 0, (pairs, d + 1))
+            numbers = run.samples.numbers_of(row, 0, (pairs, d + 1))
             bounds = (shares / shares.sum()).cumsum(0)
             picked = torch.searchsorted(bounds, numbers[:, 0].contiguous()).clamp_max(len(half) - 1)
             sizes_drawn = torch.tensor(half, device=run.images.device)[picked]

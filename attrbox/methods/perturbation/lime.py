@@ -54,7 +54,7 @@ class Lime(Segmented):
         segments, counts = self.superpixels(run)
         shown = []
         for row, count in enumerate(counts):
-            drawn = run.numbers_of(row, 0, (self.n_samples, count)) < 0.5
+            drawn = run.samples.numbers_of(row, 0, (self.n_samples, count)) < 0.5
             drawn[0] = True
             shown.append(drawn)
         scores, *shown = exact(self.played(run, shown, segments, counts), *shown)

@@ -49,7 +49,7 @@ class Occlusion(Perturbing):
     def attribute(self, run: Run) -> Tensor:
         sides = spatial(run.images)
         windows = self.windows(sides)
-        fill = run.fill(self.fill, self.blur)
+        fill = run.samples.fill(self.fill, self.blur)
         channel = (1,) * (run.images.dim() - 1 - len(sides))
 
         def masks(part: slice) -> Tensor:
@@ -59,7 +59,7 @@ class Occlusion(Perturbing):
             return shown
 
         unit = self.unit(run)
-        groups = run.masked(len(windows), masks, fill, unit)
+        groups = run.versions.masked(len(windows), masks, fill, unit)
         scores = torch.cat([scores for _, _, scores in groups])  # [windows, n, K]
         drops = run.scores_in(unit) - scores
         total, count = drops.new_zeros(*drops.shape[1:], *channel, *sides), drops.new_zeros(sides)

@@ -65,7 +65,7 @@ class Segmented(Perturbing):
         """A label for each pixel, [n, ...], and how many each image has."""
         sides, n = spatial(run.images), len(run.images)
         if self.segments is None:
-            labels = quickshift(run.images, run.seeds)
+            labels = quickshift(run.images, run.samples.seeds)
         elif isinstance(self.segments, int):
             labels = cells(sides, self.segments)[None]
         else:
@@ -98,8 +98,8 @@ class Segmented(Perturbing):
         if isinstance(self.fill, str) and self.fill == "segment":
             fill = means(images, segments, most)
         else:
-            fill = run.fill(self.fill, self.blur)
-        return torch.cat([scores for _, _, scores in run.masked(rows, masks, fill, self.unit(run))])
+            fill = run.samples.fill(self.fill, self.blur)
+        return torch.cat([scores for _, _, scores in run.versions.masked(rows, masks, fill, self.unit(run))])
 
     def spread(self, run: Run, coefficients: Sequence[Tensor], segments: Tensor) -> Tensor:
         """Each pixel gets the coefficient of its superpixel, [n, K, ...]; they are [K, superpixels] for each image."""

@@ -68,8 +68,8 @@ class Rise(Perturbing):
             )
         axes = len(sides)
         # All of a sample's numbers at once, so that they do not depend on how the masks are grouped.
-        grids = run.numbers(_GRIDS, (self.n_samples, *(self.grid,) * axes), uniform=True) < self.p
-        shifts = run.numbers(_SHIFTS, (self.n_samples, axes), uniform=True)
+        grids = run.samples.numbers(_GRIDS, (self.n_samples, *(self.grid,) * axes), uniform=True) < self.p
+        shifts = run.samples.numbers(_SHIFTS, (self.n_samples, axes), uniform=True)
         stretch = [_windows(self.grid, side, run.images) for side in sides]
         channels = (1,) * (run.images.dim() - 1 - axes)
 
@@ -82,7 +82,8 @@ class Rise(Perturbing):
 
         total = run.images.new_zeros(*run.scores.shape, *channels, *sides)
         coverage, score = torch.zeros_like(total[:, 0]), torch.zeros_like(run.scores)
-        for _, shown, scores in run.masked(self.n_samples, masks, run.fill(self.fill, self.blur), self.unit(run)):
+        fill = run.samples.fill(self.fill, self.blur)
+        for _, shown, scores in run.versions.masked(self.n_samples, masks, fill, self.unit(run)):
             shown = shown.expand(-1, len(run.images), *shown.shape[2:])
             total += torch.einsum("dnk,dn...->nk...", scores, shown)
             coverage += shown.sum(0)

@@ -50,7 +50,7 @@ class RuleMethod(Method):
     def attribute(self, run: Run) -> Tensor:
         values = run.gradient(self.rule, self.baseline)
         if self.times_input:
-            start = run.baseline(self.baseline) if self.rule.uses_reference else 0
+            start = run.samples.baseline(self.baseline) if self.rule.uses_reference else 0
             images = (run.images - start).unsqueeze(1)
             making = partial(self.rule.relevance, values, images)
             values = asked(self.rule, "making a map of the gradient at the images", making)

@@ -153,8 +153,8 @@ class Infidelity(Perturbing):
 
     def weights(self, study: Study, draw: int) -> Tensor:
         if self.perturbation == "gaussian":
-            return self.std * study.numbers(_DRAWS + draw, study.shape)
-        numbers = study.numbers(_DRAWS + draw, (1 + len(study.shape),), uniform=True)
+            return self.std * study.samples.numbers(_DRAWS + draw, study.shape)
+        numbers = study.samples.numbers(_DRAWS + draw, (1 + len(study.shape),), uniform=True)
         inside = torch.ones((1,) * (1 + len(study.shape)), dtype=torch.bool, device=numbers.device)
         for axis, length in enumerate(study.shape):
             most = min(self.max_side, *study.shape)
@@ -215,7 +215,7 @@ class SensitivityN(Perturbing):
 
     def weights(self, study: Study, draw: int) -> Tensor:
         size = max(1, round(self.fractions[draw // self.n_samples] * study.pixels))
-        chosen = study.permutations(_DRAWS + draw, study.pixels)[:, :size]
+        chosen = study.samples.permutations(_DRAWS + draw, study.pixels)[:, :size]
         weights = study.images.new_zeros(len(chosen), study.pixels).scatter_(1, chosen, 1.0)
         return weights.view(-1, *study.shape)
 

@@ -120,7 +120,7 @@ class Road(RankCurve):
         pairs = zip(images.cpu(), taken.cpu(), strict=True)  # where the systems are solved: two transfers, not one each
         imputed = torch.stack([impute(image, missing[0]) for image, missing in pairs]).to(images)
         if self.noise:
-            noise = study.once(("noise of road",), lambda: study.numbers(_NOISE, images.shape[1:]))
+            noise = study.once(("noise of road",), lambda: study.samples.numbers(_NOISE, images.shape[1:]))
             imputed = imputed + self.noise * taken * noise[rows]
         return imputed
 

@@ -45,7 +45,7 @@ class Localization(Metric):
         # Scores look at single pixels again and again: one transfer of all maps, not a look at the device for each.
         heatmaps = torch.stack([maps.heatmap for maps in study.maps.values()]).cpu()
         masks = _on_the_host(study.masks)
-        numbers = study.numbers(_CHOICE, (1,), uniform=True)[:, 0].tolist()
+        numbers = study.samples.numbers(_CHOICE, (1,), uniform=True)[:, 0].tolist()
         scores = [
             [
                 self.score(resized(heatmap, mask), mask, number)

@@ -40,7 +40,7 @@ class SensitivityMax(Metric):
         assert study.model is not None
         largest = {label: study.images.new_zeros(len(study)) for label in study.maps}
         for draw in range(self.n_samples):
-            noise = self.radius * (2 * study.numbers(_DRAWS + draw, study.images.shape[1:], uniform=True) - 1)
+            noise = self.radius * (2 * study.samples.numbers(_DRAWS + draw, study.images.shape[1:], uniform=True) - 1)
             for label, maps in study.explain(study.model, study.images + noise).items():
                 change = _norm(maps.values - study.maps[label].values)
                 largest[label] = torch.maximum(largest[label], change)
