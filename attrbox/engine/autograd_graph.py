@@ -1,13 +1,13 @@
-"""What lies before and behind what in the autograd graph of a pass."""
+"""The autograd graph of a pass: what lies before and behind what in it, and what made the values of an activation."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge
 
-from attrbox.engine.site import Site
+from attrbox.engine.site import GATES, Site
 
 
 def site_of(node: Any) -> Site | None:
@@ -25,7 +25,7 @@ def node_of(output: Tensor) -> Any:
 def custom_functions(ends: Iterable[Tensor]) -> list[str]:
     """Autograd functions of the model's own (checkpoints too): their insides are out of a function mode's sight."""
     names = [
-        type(node).__name__ for node in _sorted(end.grad_fn for end in ends) if isinstance(node, BackwardCFunction)
+        type(node).__name__ for node in behind(*(end.grad_fn for end in ends)) if isinstance(node, BackwardCFunction)
     ]
     return [name.removesuffix("Backward") for name in names if name not in _OWN_FUNCTIONS]
 
@@ -35,8 +35,8 @@ _OWN_FUNCTIONS = frozenset({"SiteFunctionBackward", "LinearMapFunctionBackward"}
 
 def on_the_way(edges: Sequence[GradientEdge], score: Tensor) -> list[int]:
     """Which of the edges a score comes from, as numbers from 1."""
-    behind = _behind(score.grad_fn)
-    return [place for place, edge in enumerate(edges, 1) if edge.node in behind]
+    found = behind(score.grad_fn)
+    return [place for place, edge in enumerate(edges, 1) if edge.node in found]
 
 
 def last_on_the_way(edges: Sequence[GradientEdge], scores: Iterable[Tensor], ends: Collection[Any] = ()) -> int:
@@ -72,19 +72,19 @@ _CHANGES_OF_FORM = (
 
 def ways_around(edges: Sequence[GradientEdge], score: Tensor) -> bool:
     """Whether a score comes from one of the edges by another way than through the last."""
-    behind = _behind(score.grad_fn, without=edges[-1].node)
-    return any(edge.node in behind for edge in edges[:-1] if edge.node is not edges[-1].node)
+    found = behind(score.grad_fn, without=edges[-1].node)
+    return any(edge.node in found for edge in edges[:-1] if edge.node is not edges[-1].node)
 
 
-def _behind(node: Any, without: Any = None) -> set[Any]:
-    """All nodes of the autograd graph that a node comes from, and itself; not those behind `without` alone."""
-    found: set[Any] = {without}
-    todo = [node]
+def behind(*nodes: Any, without: Any = None) -> dict[Any, None]:
+    """All nodes of the autograd graph that these come from, and themselves; not those behind `without` alone."""
+    found: dict[Any, None] = {}
+    todo = list(nodes)
     while todo:
-        one = todo.pop()
-        if one is not None and one not in found:
-            found.add(one)
-            todo.extend(following for following, _ in one.next_functions)
+        node = todo.pop()
+        if node is not None and node is not without and node not in found:
+            found[node] = None
+            todo.extend(following for following, _ in node.next_functions)
     return found
 
 
@@ -123,3 +123,88 @@ def _sorted(roots: Iterable[Any]) -> list[Any]:
             todo.append((node, True))
             todo.extend((following, False) for following, _ in node.next_functions if following is not None)
     return order[::-1]
+
+
+# ---------------------------------------------------------------------------------------- what values are made by
+
+
+def is_gate(factor: Tensor) -> bool:
+    """Whether a sigmoid made the factor, or its complement 1 - gate; recorded or native, wherever its values moved."""
+
+    def makers(node: Any, name: str, site: Site | None) -> Sequence[Any] | None:
+        before = [following for following, _ in node.next_functions]
+        if _GATE in _notes(node) or (site is not None and site.kind in GATES):
+            return ()
+        if name in ("Sigmoid", "Hardsigmoid"):
+            return ()
+        if name in _MOVING or (name == "Rsub" and before[1:] in ([], [None])):
+            return before[:1]
+        if name == "Sub" and before[0] is None:
+            return before[1:2]
+        return before if name in ("Cat", "Stack") else None
+
+    return _made(factor, makers)
+
+
+def is_nonnegative(x: Tensor) -> bool:
+    """Whether what made an activation leaves nothing below 0, as far as can be told without looking at values."""
+
+    def makers(node: Any, name: str, site: Site | None) -> Sequence[Any] | None:
+        if site is not None and site.floor >= 0:
+            return ()
+        keeps = name in _KEEPING or (site is not None and site.kind == "max_pool")
+        return [following for following, _ in node.next_functions] if keeps else None
+
+    return _made(x, makers)
+
+
+def _made(x: Tensor, makers: Callable[[Any, str, Site | None], Sequence[Any] | None]) -> bool:
+    """Whether an activation is made as asked for.
+
+    Args:
+        x: the activation.
+        makers: of a node, its name, and its site, the nodes of which the same is asked; None if it is not so.
+    """
+    todo = [x.grad_fn]
+    while todo:
+        node = todo.pop()
+        name = type(node).__name__.rstrip("0123456789").removesuffix("Backward")
+        found = None if node is None else makers(node, name, site_of(node))
+        if found is None:
+            return False
+        todo.extend(found)
+    return True
+
+
+def mark_gate(result: Tensor) -> None:
+    """Note what a sigmoid wrote into a view, whose node in autograd's graph does not tell it."""
+    if not result._is_view() or result.grad_fn is None:
+        return
+    _notes(result.grad_fn)[_GATE] = True
+    base = result._base
+    if base is not None and base.grad_fn is not None and base.numel() == result.numel():
+        _notes(base.grad_fn)[_GATE] = True
+
+
+def _notes(node: Any) -> dict[str, Any]:
+    """What autograd keeps with a node for whoever asks."""
+    notes: dict[str, Any] = node.metadata
+    return notes
+
+
+_GATE = "attrbox: gate"
+# Autograd's names of operations whose values are those of their input, and of those whose outputs have its signs.
+_MOVING = frozenset(
+    """
+    View UnsafeView ReshapeAlias Expand Unsqueeze Squeeze Permute Transpose T Clone Alias AsStrided Split SplitWithSizes
+    UnsafeSplit Unbind Select Slice Index IndexSelect Gather Repeat Flip Roll PixelShuffle PixelUnshuffle
+    UpsampleNearest1D UpsampleNearest2D UpsampleNearest3D ToCopy
+    """.split()
+)
+_KEEPING = frozenset(
+    """
+    View UnsafeView ReshapeAlias Expand Unsqueeze Squeeze Permute Transpose T Clone Alias Mean AvgPool2D AvgPool3D
+    AdaptiveAvgPool2D AdaptiveAvgPool3D MkldnnAdaptiveAvgPool2D MaxPool2DWithIndices MaxPool3DWithIndices
+    AdaptiveMaxPool2D AdaptiveMaxPool3D Cat
+    """.split()
+)

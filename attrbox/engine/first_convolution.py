@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-aten: Any = torch.ops.aten
+from attrbox.engine.autograd_graph import behind
+from attrbox.engine.linear_maps import transposed
 
 
 @dataclass(frozen=True)
@@ -44,18 +45,9 @@ class Stem:
         for padding in self.paddings:
             for axis, (low, high) in enumerate(zip(padding[::2], padding[1::2], strict=True), 1):
                 padded[-axis] += low + high
-        last = gradient.dim() == 4 and gradient.is_contiguous(memory_format=torch.channels_last)
-        form = torch.channels_last if last else torch.contiguous_format
-        input = torch.empty((len(gradient), *padded), dtype=gradient.dtype, device=gradient.device, memory_format=form)
-        pulled: Tensor = aten.convolution_backward(
-            gradient,
-            input,  # only its shape matters
-            node._saved_weight.detach().to(gradient.dtype),
-            None,
-            *(node._saved_stride, node._saved_padding, node._saved_dilation, False, node._saved_output_padding),
-            node._saved_groups,
-            [True, False, False],
-        )[0]
+        shape, weight = (len(gradient), *padded), node._saved_weight.detach()
+        how = (node._saved_stride, node._saved_padding, node._saved_dilation, node._saved_groups)
+        pulled = transposed(gradient, weight, shape, *how)
         for padding in self.paddings:
             pulled = F.pad(pulled, [-width for width in padding])
         return pulled
@@ -91,18 +83,9 @@ def _users(output: Tensor, images: Tensor) -> tuple[dict[Any, list[Any]], Any]:
     """Who takes gradients to each node of the graph behind `output`, once for each time; and the node of the images."""
     users: dict[Any, list[Any]] = {}
     leaf = None
-    seen = {output.grad_fn}
-    todo = [output.grad_fn]
-    while todo:
-        node = todo.pop()
-        if node is None:
-            continue
+    for node in behind(output.grad_fn):
         if getattr(node, "variable", None) is images:
             leaf = node
         for following, _ in node.next_functions:
-            if following is not None:
-                users.setdefault(following, []).append(node)
-                if following not in seen:
-                    seen.add(following)
-                    todo.append(following)
+            users.setdefault(following, []).append(node)
     return users, leaf

@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from attrbox.engine.operations.batch_norm import batch_norm_of
-from attrbox.engine.operations.calls import argument
+from attrbox.engine.operations.batch_norm import BatchNorm, batch_norm_of
+from attrbox.engine.operations.calls import argument, flat
 
 T = TypeVar("T")
 
@@ -51,12 +51,12 @@ class Folding:
         with torch.no_grad(), watching:
             model(images.clone())
         weights = {}
-        for key, (weight, bias, scale, shift) in watching.pairs.items():
+        for key, (weight, bias, norm) in watching.pairs.items():
             if key not in watching.spoilt:
-                folded = weight * scale.view(-1, *(1,) * (weight.dim() - 1))
+                folded, shift = norm.joined(weight, bias)
                 if weight.dim() == 4 and images.is_contiguous(memory_format=torch.channels_last):
                     folded = folded.contiguous(memory_format=torch.channels_last)  # else each pass converts them
-                weights[key] = (weight, folded, shift if bias is None else shift + bias * scale)
+                weights[key] = (weight, folded, shift)
         return cls(weights) if weights else None
 
     @contextlib.contextmanager
@@ -99,14 +99,6 @@ class Unwatched:
         return function(images)
 
 
-def _tensors(values: Any) -> Iterator[Tensor]:
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, tuple | list):
-            yield from _tensors(value)
-
-
 class _Watching(TorchFunctionMode):
     """Finds pairs of a convolution and the batch-norm that alone uses its output.
 
@@ -117,25 +109,26 @@ class _Watching(TorchFunctionMode):
     def __init__(self, constants: frozenset[int]) -> None:
         super().__init__()
         self._constants = constants
-        self.pairs: dict[int, tuple[Tensor, Tensor | None, Tensor, Tensor]] = {}
+        self.pairs: dict[int, tuple[Tensor, Tensor | None, BatchNorm]] = {}
         self.spoilt: set[int] = set()
         self._outputs: dict[int, tuple[Tensor, Tensor, Tensor | None]] = {}  # by identity; kept alive, so unique
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = function(*args, **kwargs)
-        used = [t for t in _tensors((*args, *kwargs.values())) if id(t) in self._outputs]
+        used = [t for t in flat((*args, *kwargs.values())) if id(t) in self._outputs]
         norm = batch_norm_of(function, args, kwargs) if function is F.batch_norm and used else None
         if norm is not None:
             _, weight, bias = self._outputs[id(used[0])]
-            affine = norm.affine
             key = id(weight)
             fixed = self._fixed(weight, bias, norm.mean, norm.variance, norm.weight, norm.bias)
-            if affine is None or not fixed or key in self.pairs:  # batch statistics, or a second batch-norm or call
+            if (
+                norm.affine is None or not fixed or key in self.pairs
+            ):  # batch statistics, or a second batch-norm or call
                 self.spoilt.add(key)
             else:
-                self.pairs[key] = (weight, bias, *affine)
-        elif used and any(True for _ in _tensors((result,))):
+                self.pairs[key] = (weight, bias, norm)
+        elif used and any(isinstance(value, Tensor) for value in flat((result,))):
             self.spoilt.update(id(self._outputs[id(t)][1]) for t in used)
         if function in _CONVOLUTIONS:
             weight = argument(args, kwargs, 1, "weight", None)
@@ -161,7 +154,7 @@ class _Running(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        used = [t for t in _tensors((*args, *kwargs.values())) if id(t) in self._stand_ins]
+        used = [t for t in flat((*args, *kwargs.values())) if id(t) in self._stand_ins]
         used = [t for t in used if self._stand_ins[id(t)]() is t]
         if used and function is F.batch_norm and id(used[0]) in self.due:
             return self.due.pop(id(used[0]))
@@ -174,6 +167,6 @@ class _Running(TorchFunctionMode):
             result = stand_in
         else:
             result = function(*args, **kwargs)
-        if used and any(True for _ in _tensors((result,))):
+        if used and any(isinstance(value, Tensor) for value in flat((result,))):
             raise Unfolded
         return result

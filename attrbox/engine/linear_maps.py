@@ -11,7 +11,7 @@ behind a convolution costs passes over memory of its own, where scaled weights d
 The forward pass computes what the model asked for, bit for bit.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attrbox.engine.operations.batch_norm import batch_norm_of
-from attrbox.engine.operations.calls import argument, is_activation
+from attrbox.engine.operations.batch_norm import batch_norm_of, scaled
+from attrbox.engine.operations.calls import argument, is_activation, with_input
 from attrbox.engine.site_function import own
 
 aten: Any = torch.ops.aten
@@ -79,6 +79,7 @@ class LinearCalls:
         if not is_activation(x) or sum(is_activation(value) for value in (*args, *kwargs.values())) != 1:
             return None
         last, self._last = self._last, None
+        run = with_input(function, args, kwargs)
         if reader is _batch_norm:
             norm = batch_norm_of(function, args, kwargs)
             affine = norm.affine if norm else None
@@ -87,16 +88,29 @@ class LinearCalls:
             unwritten = last is not None and last[0] is x and x._version == last[3]
             if last is not None and unwritten and last[2].scaled:  # from the convolution's input to here in one step
                 y, x = last[:2]
-                rest = {key: value for key, value in kwargs.items() if key != "input"}
-                return _applied(x, lambda _: function(y.detach(), *args[1:], **rest), last[2].scaled(affine[0]))
+                return _applied(x, lambda _: run(y.detach()), last[2].scaled(affine[0]))
         found = reader(x, args, kwargs)
         if found is None:
             return None
-        rest = {key: value for key, value in kwargs.items() if key != "input"}
-        result = _applied(x, lambda x: function(x, *args[1:], **rest), found)
+        result = _applied(x, run, found)
         if found.scaled:
             self._last = (result, x, found, result._version)
         return result
+
+
+def transposed(
+    g: Tensor, weight: Tensor, shape: Sequence[int], stride: Any, padding: Any, dilation: Any, groups: int
+) -> Tensor:
+    """The transpose of a convolution: gradients g at its outputs as gradients at its inputs, of a shape."""
+    # Only the shape and the memory format of the input matter; nothing is read from it.
+    last = g.dim() == 4 and g.is_contiguous(memory_format=torch.channels_last)
+    form = torch.channels_last if last else torch.contiguous_format
+    input = torch.empty(shape, dtype=g.dtype, device=g.device, memory_format=form)
+    own, nothing = weight.to(g.dtype), [0] * (g.dim() - 2)
+    gradients = aten.convolution_backward(
+        g, input, own, None, stride, padding, dilation, False, nothing, groups, [True, False, False]
+    )
+    return cast(Tensor, gradients[0])
 
 
 def _applied(x: Tensor, run: Map, linear: LinearMap) -> Tensor:
@@ -126,23 +140,15 @@ def _convolution(dims: int) -> Callable[[Tensor, tuple[Any, ...], dict[str, Any]
                 )
 
             def pull(g: Tensor) -> Tensor:
-                # Only the shape and the memory format of the input matter; nothing is read from it.
-                last = dims == 2 and g.is_contiguous(memory_format=torch.channels_last)
-                form = torch.channels_last if last else torch.contiguous_format
-                empty = torch.empty(shape, dtype=g.dtype, device=g.device, memory_format=form)
-                own = weight.to(g.dtype)
-                gradients = aten.convolution_backward(
-                    g, empty, own, None, stride, padding, dilation, False, [0] * dims, groups, [True, False, False]
-                )
-                return cast(Tensor, gradients[0]).to(dtype)
+                return transposed(g, weight, shape, stride, padding, dilation, groups).to(dtype)
 
-            def scaled(scale: Tensor) -> LinearMap:
-                both = weight * scale.view(-1, *(1,) * (dims + 1)).to(weight.dtype)
+            def with_scale(scale: Tensor) -> LinearMap:
+                both = scaled(weight, scale.to(weight.dtype))
                 if channels_last:
                     both = both.contiguous(memory_format=torch.channels_last)
                 return linear(both)
 
-            return LinearMap(push, pull, scaled)
+            return LinearMap(push, pull, with_scale)
 
         return linear(weight)
 

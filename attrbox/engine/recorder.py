@@ -25,14 +25,13 @@ from torch.overrides import TorchFunctionMode
 
 from attrbox.core.outputs import tensors
 from attrbox.core.results import Operated
-from attrbox.engine.autograd_graph import custom_functions, node_of
+from attrbox.engine.autograd_graph import custom_functions, mark_gate, node_of
 from attrbox.engine.calling import is_checkpointing
 from attrbox.engine.feature_maps import CONVOLUTIONS, Follower, Grid
 from attrbox.engine.linear_maps import LinearCalls
 from attrbox.engine.operations.batch_norm import batch_norm_of
 from attrbox.engine.operations.calls import Operation, Parts, argument, flat, is_activation, name_of
 from attrbox.engine.operations.layers import Pairs, layer_of, with_batch_norm
-from attrbox.engine.operations.products import mark_gate
 from attrbox.engine.operations.table import interpret, is_decision, is_linear, parts_of
 from attrbox.engine.refusals import batch_statistics, checkpointed, drawn_windows, no_feature_map
 from attrbox.engine.site import ACTIVATIONS, GATES, LAYERS, Site

@@ -6,6 +6,7 @@ With running statistics a batch-norm is a fixed scale and shift of each channel,
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ class BatchNorm:
     eps: float
     trains: bool
 
-    @property
+    @cached_property
     def affine(self) -> tuple[Tensor, Tensor] | None:
         """Scale and shift, [C]; None with statistics of the batch."""
         if self.trains or self.mean is None or self.variance is None:
@@ -53,6 +54,17 @@ class BatchNorm:
         scale = scale if self.weight is None else scale * self.weight
         shift = -self.mean * scale
         return scale, shift if self.bias is None else shift + self.bias
+
+    def joined(self, weight: Tensor, bias: Tensor | None, groups: int = 0) -> tuple[Tensor, Tensor]:
+        """Weight and bias of a layer together with the batch-norm behind it, w s and b s + t.
+
+        Args:
+            weight, bias: of the layer.
+            groups: of a transposed convolution, whose weight is [inputs, C / groups, ...]; 0 for others, [C, ...].
+        """
+        assert self.affine is not None
+        scale, shift = self.affine
+        return scaled(weight, scale, groups), shift if bias is None else bias * scale + shift
 
     @property
     def linear(self) -> bool:
@@ -63,6 +75,14 @@ class BatchNorm:
     def constant(self) -> bool:
         """Whether scale and shift do not depend on the images."""
         return not (is_activation(self.weight) or is_activation(self.bias))
+
+
+def scaled(weight: Tensor, scale: Tensor, groups: int = 0) -> Tensor:
+    """Weights with each output scaled by s [C]; of the groups of a transposed convolution, if there are any."""
+    if not groups:
+        return weight * scale.view(-1, *(1,) * (weight.dim() - 1))
+    by_group = weight.view(groups, -1, *weight.shape[1:]) * scale.view(groups, 1, -1, *(1,) * (weight.dim() - 2))
+    return by_group.flatten(0, 1)
 
 
 def batch_norm_of(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> BatchNorm | None:

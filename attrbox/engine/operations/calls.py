@@ -23,6 +23,12 @@ def argument(rest: tuple[Any, ...], kwargs: dict[str, Any], position: int, name:
     return kwargs[name] if name in kwargs else rest[position] if len(rest) > position else default
 
 
+def with_input(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Function:
+    """A call as a function of its input."""
+    rest = {name: value for name, value in kwargs.items() if name != "input"}
+    return lambda x: function(x, *args[1:], **rest)
+
+
 def name_of(function: Function) -> str:
     """The name of an operation without the marks of its spelling: `__iadd__` and `add_` are "iadd" and "add"."""
     name = getattr(function, "__name__", type(function).__name__)

@@ -25,9 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attrbox.engine.autograd_graph import site_of
+from attrbox.engine.autograd_graph import is_nonnegative
 from attrbox.engine.operations.batch_norm import SPELLINGS, batch_norm_of
-from attrbox.engine.operations.calls import Function, Operation, argument, is_activation
+from attrbox.engine.operations.calls import Function, Operation, argument, is_activation, with_input
 from attrbox.engine.operations.contractions import contraction_of
 from attrbox.engine.site import LayerInfo
 
@@ -76,7 +76,7 @@ def _batch_norm(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any
         scaled = x * weight.view(channels)
         return scaled if bias is None else scaled + bias.view(channels)
 
-    return _layer("batch_norm", x, _with_input(function, args, kwargs), apply, *affine, 1 - x.dim())
+    return _layer("batch_norm", x, with_input(function, args, kwargs), apply, *affine, 1 - x.dim())
 
 
 def _addmm(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operation | None:
@@ -117,12 +117,6 @@ def _replaced(value: Any, old: Tensor, new: Tensor) -> Any:
     return new if value is old else value
 
 
-def _with_input(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Function:
-    """A call as a function of its input."""
-    rest = {name: value for name, value in kwargs.items() if name != "input"}
-    return lambda x: function(x, *args[1:], **rest)
-
-
 def _layer(
     kind: str,
     x: Tensor,
@@ -133,7 +127,7 @@ def _layer(
     axis: int,
     groups: int = 0,
 ) -> Operation:
-    info = LayerInfo(apply, weight, bias, axis, groups, _is_nonnegative(x))
+    info = LayerInfo(apply, weight, bias, axis, groups, is_nonnegative(x))
     return Operation(kind, (x,), run, lambda x: apply(x, weight, bias), info=info)
 
 
@@ -142,30 +136,20 @@ def with_batch_norm(
 ) -> Operation | None:
     """A layer and the batch-norm that takes its output, as one; None if the call is no such batch-norm."""
     norm = batch_norm_of(function, args, kwargs)
-    affine = norm.affine if norm else None
-    if norm is None or affine is None or norm.input is not output or not norm.constant:
+    if norm is None or norm.affine is None or norm.input is not output or not norm.constant:
         return None
     info = layer.info
     assert isinstance(info, LayerInfo)
     if output.dim() + info.axis != 1:  # a batch-norm's channels are axis 1, a linear layer's outputs the last one
         return None
-    scale, shift = affine
-    weight, bias = _scaled(info.weight, scale, info.turned), shift if info.bias is None else info.bias * scale + shift
-    run, apply = _with_input(function, args, kwargs), info.apply
+    weight, bias = norm.joined(info.weight, info.bias, info.turned)
+    run, apply = with_input(function, args, kwargs), info.apply
     return replace(
         layer,
         run=lambda x: run(output.detach()),
         pure=lambda x: apply(x, weight, bias),
         info=replace(info, weight=weight, bias=bias, joined=True),
     )
-
-
-def _scaled(weight: Tensor, scale: Tensor, groups: int) -> Tensor:
-    """Weights with each output scaled by s [C]: [C, ...], or of a transposed convolution [inputs, C / groups, ...]."""
-    if not groups:
-        return weight * scale.view(-1, *(1,) * (weight.dim() - 1))
-    by_group = weight.view(groups, -1, *weight.shape[1:]) * scale.view(groups, 1, -1, *(1,) * (weight.dim() - 2))
-    return by_group.flatten(0, 1)
 
 
 class Pairs:
@@ -203,29 +187,3 @@ class Pairs:
             output, layer = self._paired.get(id(tensor), (None, -1))
             if output is not None and output() is tensor:
                 del self._paired[id(tensor)], self.found[layer]
-
-
-# Autograd's names of operations whose outputs have the signs of their inputs.
-_KEEPING = frozenset(
-    f"{name}Backward"
-    for name in """
-    View UnsafeView ReshapeAlias Expand Unsqueeze Squeeze Permute Transpose T Clone Alias Mean AvgPool2D AvgPool3D
-    AdaptiveAvgPool2D AdaptiveAvgPool3D MkldnnAdaptiveAvgPool2D MaxPool2DWithIndices MaxPool3DWithIndices
-    AdaptiveMaxPool2D AdaptiveMaxPool3D Cat
-    """.split()
-)
-
-
-def _is_nonnegative(x: Tensor) -> bool:
-    """Whether what made an activation leaves nothing below 0, as far as can be told without looking at values."""
-    todo = [x.grad_fn]
-    while todo:
-        node = todo.pop()
-        site = site_of(node)
-        if site is not None and site.floor >= 0:
-            continue
-        keeping = type(node).__name__.rstrip("0123456789") in _KEEPING
-        if not (keeping or (site is not None and site.kind == "max_pool")):
-            return False
-        todo.extend(following for following, _ in node.next_functions)  # type: ignore[union-attr]
-    return True

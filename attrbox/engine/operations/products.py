@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attrbox.engine.autograd_graph import site_of
+from attrbox.engine.autograd_graph import is_gate
 from attrbox.engine.operations.calls import (
     Function,
     Operation,
@@ -20,7 +20,7 @@ from attrbox.engine.operations.calls import (
     writes_in_place,
 )
 from attrbox.engine.operations.elementwise import spellings
-from attrbox.engine.site import GATES, FunctionInfo, Gradients, PairInfo, Site
+from attrbox.engine.site import FunctionInfo, Gradients, PairInfo, Site
 
 
 @dataclass(frozen=True)
@@ -100,62 +100,9 @@ def _product(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     second = argument(rest, kwargs, 0, "other", None)
     if not (is_activation(first) and is_activation(second)) or kwargs.get("out") is not None:
         return None
-    info = PairInfo(gates=(_is_gate(first), _is_gate(second)))
+    info = PairInfo(gates=(is_gate(first), is_gate(second)))
     writes = writes_in_place(function, rest, kwargs)
     return Operation("product", (first, second), function, torch.mul, writes, info=info)
-
-
-def _is_gate(factor: Tensor) -> bool:
-    """Whether a sigmoid made the factor, or its complement 1 - gate; recorded or native, wherever its values moved."""
-    todo = [factor.grad_fn]
-    while todo:
-        node = todo.pop()
-        if node is None:
-            return False
-        name = type(node).__name__.rstrip("0123456789")
-        makers = [following for following, _ in node.next_functions]
-        site = site_of(node)
-        if _GATE in _notes(node) or (site is not None and site.kind in GATES):
-            continue
-        if name in ("SigmoidBackward", "HardsigmoidBackward"):
-            continue
-        if name in _MOVING or (name == "RsubBackward" and makers[1:] in ([], [None])):
-            todo.append(makers[0])
-        elif name == "SubBackward" and makers[0] is None:
-            todo.append(makers[1])
-        elif name in ("CatBackward", "StackBackward"):
-            todo.extend(makers)
-        else:
-            return False
-    return True
-
-
-def mark_gate(result: Tensor) -> None:
-    """Note what a sigmoid wrote into a view, whose node in autograd's graph does not tell it."""
-    if not result._is_view() or result.grad_fn is None:
-        return
-    _notes(result.grad_fn)[_GATE] = True
-    base = result._base
-    if base is not None and base.grad_fn is not None and base.numel() == result.numel():
-        _notes(base.grad_fn)[_GATE] = True
-
-
-def _notes(node: Any) -> dict[str, Any]:
-    """What autograd keeps with a node for whoever asks."""
-    notes: dict[str, Any] = node.metadata
-    return notes
-
-
-_GATE = "attrbox: gate"
-# Autograd's names of operations whose values are those of their input.
-_MOVING = frozenset(
-    f"{name}Backward"
-    for name in """
-    View UnsafeView ReshapeAlias Expand Unsqueeze Squeeze Permute Transpose T Clone Alias AsStrided Split SplitWithSizes
-    UnsafeSplit Unbind Select Slice Index IndexSelect Gather Repeat Flip Roll PixelShuffle PixelUnshuffle
-    UpsampleNearest1D UpsampleNearest2D UpsampleNearest3D ToCopy
-    """.split()
-)
 
 
 def _quotient(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operation | None:
