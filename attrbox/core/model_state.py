@@ -1,4 +1,10 @@
-"""The user's model and process are left exactly as they were, also after an exception."""
+"""The user's model and process are left exactly as they were, also after an exception; and models in half precision.
+
+What comes in float16 or bfloat16 is explained in float32, of the same values. Relevance and multipliers are quotients:
+in half precision their stabilizers vanish and they leave its range. Gradients, means over many passes and steps of
+optimizers lose most of their digits there. So images are widened where they come in, and the model while it is
+explained; scores and maps are float32.
+"""
 
 import contextlib
 import random
@@ -10,9 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from attrbox.core.half_precision import HALF, widened
-from attrbox.errors import ModelError, TrainingModeWarning
+from attrbox.errors import ForwardError, ModelError, TrainingModeWarning
 
 
 class BlackBox(nn.Module):
@@ -150,3 +156,105 @@ def generators(model: nn.Module) -> list[torch.Generator]:
     """The random generators that are attributes of a model's modules."""
     values = (value for module in model.modules() for value in vars(module).values())
     return [value for value in values if isinstance(value, torch.Generator)]
+
+
+# ------------------------------------------------------------------------------------------------------- half precision
+
+HALF = frozenset({torch.float16, torch.bfloat16})
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """The tensor, in float32 if it came in half precision or in 8 bits."""
+    return tensor.float() if tensor.is_floating_point() and tensor.element_size() < 4 else tensor
+
+
+def autocasting(device: torch.device) -> torch.dtype | None:
+    """The dtype of automatic mixed precision on a device, where it is on."""
+    on = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if on else None
+
+
+@contextlib.contextmanager
+def widened(model: nn.Module) -> Iterator[None]:
+    """Run `model` in float32, wherever it is in half precision.
+
+    Its modules hold float32 copies of such parameters and buffers meanwhile; the tensors themselves are not touched.
+    Half precision that its code asks for is float32 as well.
+    """
+    stores: list[dict[str, Any]] = [s for module in model.modules() for s in (module._parameters, module._buffers)]
+    held = [(store, name, tensor) for store in stores for name, tensor in store.items() if _is_half(tensor)]
+    copies = {id(tensor): _copy(tensor) for _, _, tensor in held}  # one for all modules that share a tensor
+    try:
+        for store, name, tensor in held:
+            store[name] = copies[id(tensor)]
+        with _Widening():
+            yield
+    except ForwardError as error:
+        error.add_note("It was run in float32, as all models in half precision are explained. Give it in float32.")
+        raise
+    finally:
+        for store, name, tensor in held:
+            store[name] = tensor
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    copy = tensor.detach().float()
+    return nn.Parameter(copy, requires_grad=False) if isinstance(tensor, nn.Parameter) else copy
+
+
+def _is_half(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype in HALF
+
+
+class _Widening(TorchFunctionMode):
+    """Turns half precision in the arguments of torch functions into float32: the dtypes that are asked for, and tensors
+    that are no parameters or buffers, unless they are written to."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function in (Tensor.half, Tensor.bfloat16):
+            function = Tensor.float
+        written = 1 if _writes(function.__name__) else 0
+        return function(*args[:written], *_wide(tuple(args[written:])), **_wide(kwargs or {}))
+
+
+def _writes(name: str) -> bool:
+    """Whether a function of that name writes into its first argument."""
+    return name in ("__setitem__", "__set__") or name[:3] == "__i" or name[-1] == "_" != name[-2:-1]
+
+
+def _wide(value: Any) -> Any:
+    if _is_half(value):
+        # Under autocast, activations are in half precision on purpose, and torch brings both together itself.
+        return value if autocasting(value.device) else value.float()
+    if isinstance(value, torch.dtype):
+        return torch.float32 if value in HALF else value
+    if type(value) in (tuple, list):
+        return type(value)(map(_wide, value))
+    return {name: _wide(part) for name, part in value.items()} if type(value) is dict else value
+
+
+# ------------------------------------------------------------------------------------------------------- random numbers
+
+
+class Drawn:
+    """Whether random numbers were drawn."""
+
+    any = False
+
+
+@contextlib.contextmanager
+def drawing(model: nn.Module, device: torch.device) -> Iterator[Drawn]:
+    """Tell whether random numbers are drawn inside: of torch (on the CPU or a device), numpy, Python, or a generator
+    that is an attribute of a module. Generators elsewhere are not seen."""
+    drawn, before = Drawn(), random_states(model, device)
+    yield drawn
+    drawn.any = before != random_states(model, device)
+
+
+def random_states(model: nn.Module, device: torch.device) -> list[Any]:
+    """The states of all random numbers that a model is known to draw, comparable."""
+    states = [torch.random.get_rng_state(), *(generator.get_state() for generator in generators(model))]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))  # kept by the host: nothing waits for the device
+    _, words, *place = np.random.get_state()  # noqa: NPY002
+    return [*(state.numpy().tobytes() for state in states), np.asarray(words).tobytes(), place, random.getstate()]

@@ -1,14 +1,16 @@
-"""Checks of options: each raises `OptionError` with what was expected and what came."""
+"""Checks of options, images and scores: each raises an error that tells what was expected and what came."""
 
 import math
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from attrbox.core.fills import FILLS
-from attrbox.core.half_precision import wide
+from attrbox.core.model_state import wide
 from attrbox.errors import (
     InputError,
+    NonFiniteError,
     OptionError,
     shown,
 )
@@ -116,3 +118,39 @@ def dense(tensor: Tensor, what: str) -> Tensor:
     if tensor.is_quantized:
         return tensor.dequantize()
     return tensor if tensor.layout == torch.strided else tensor.to_dense()
+
+
+def check_scores(model: nn.Module, scores: Tensor, start: int) -> None:
+    """Refuse images whose explained score is NaN or infinite: nothing can be said about these.
+
+    Args:
+        model: what returned them.
+        scores: [n, K].
+        start: the number of the first image.
+
+    Raises:
+        NonFiniteError: there are some.
+    """
+    if bool(scores.isfinite().all()):
+        return
+    bad = (~scores.isfinite()).any(1).nonzero().flatten() + start
+    weights = sum(not bool(p.isfinite().all()) for p in model.parameters() if p.is_floating_point())
+    cause = (
+        f"{weights} of its parameters have values that are not finite; load other weights."
+        if weights
+        else "Leave these images out, scale them as the model expects, or run it in a wider dtype."
+    )
+    raise NonFiniteError(
+        f"Expected finite scores, but the model (or the target function) returned NaN or infinity for the images "
+        f"{some(bad.tolist())}. {cause}"
+    )
+
+
+def some(rows: Sequence[int]) -> str:
+    """Numbers of images, the first ten of them."""
+    return f"{list(rows[:10])}{' ...' if len(rows) > 10 else ''}"
+
+
+def non_finite_rows(values: Tensor) -> Tensor:
+    """Whether the maps of each image have a value that is not finite, [n]."""
+    return ~torch.isfinite(values).flatten(1).all(1)

@@ -79,10 +79,9 @@ class Recorder(TorchFunctionMode):
         self._last_counted: Tensor | None = None  # the output of the last of these layers
         self.by_row = False  # whether rows of the batch take ways of their own
         self._linear = LinearCalls() if twice else None
-        self._treats_layers = not LAYERS.isdisjoint(needs)
         self._last_layer: tuple[Site, Operation, Tensor, int] | None = None  # with its output, and its version
         self._count = 0  # of sites
-        self._pairs = Pairs()
+        self._pairs = None if LAYERS.isdisjoint(needs) else Pairs()
         self._copies = copies
         self._reference = reference
         self._versions: list[tuple[int, Tensor, int]] = []  # what must not be written over: site, tensor, version
@@ -126,10 +125,11 @@ class Recorder(TorchFunctionMode):
             self._inside -= 1
             self._follow(function, result)
             return result
-        layer = layer_of(function, args, kwargs) if operation is None and self._treats_layers else None
+        layer = layer_of(function, args, kwargs) if operation is None and self._pairs else None
         before: int | None = None  # the layer whose output is the activation's input
         if operation is not None and operation.kind in self.needs:
-            before = self._pairs.layer_of(operation.inputs[0]) if operation.kind in ACTIVATIONS else None
+            if self._pairs and operation.kind in ACTIVATIONS:
+                before = self._pairs.layer_of(operation.inputs[0])
             result = self._keep(operation) if self._reference else self._make_site(operation)
         elif (joined := self._with_batch_norm(function, args, kwargs)) is not None:
             result = joined
@@ -145,9 +145,9 @@ class Recorder(TorchFunctionMode):
             self._count_layer(name_of(function), args, kwargs, result)
         if operation is not None and operation.kind in GATES:
             mark_gate(result)
-        if before is not None and operation is not None:
+        if self._pairs and before is not None and operation is not None:
             self._pairs.pair(before, len(self.records) - 1, operation.inputs[0], result)
-        elif self._treats_layers and is_activation(_first(result)):
+        elif self._pairs and is_activation(_first(result)):
             self._pairs.used(flat((*args, *kwargs.values())))
         self._follow(function, result)
         return result
@@ -220,13 +220,13 @@ class Recorder(TorchFunctionMode):
         result = self._keep(layer) if self._reference else self._make_site(layer)
         output = _first(result)
         self._last_layer = (self.records[-1], layer, output, output._version)
-        if not self._reference:
+        if self._pairs and not self._reference:
             self._pairs.made(output, len(self.records) - 1)
         return result
 
     def _with_batch_norm(self, function: Any, args: Any, kwargs: Any) -> Any:
         """The result of a batch-norm behind a layer, whose site it joins."""
-        if self._last_layer is None:
+        if self._last_layer is None or self._pairs is None:
             return None
         site, layer, output, version = self._last_layer
         joined = with_batch_norm(layer, output, function, args, kwargs)
@@ -308,14 +308,15 @@ class Recorder(TorchFunctionMode):
             if layer not in near:
                 raise OptionError(f"The model has no layer {layer!r}. {near_miss(layer, near)}")
             raise OptionError(f"The layer {layer!r} did not run, or its output depends not on the images.")
-        self._pairs.used(returned)
-        self._complete_records()
+        if self._pairs:
+            self._pairs.used(returned)
+            self._complete_records(self._pairs.found)
         self.unknown.extend(map(self._here, custom))
 
-    def _complete_records(self) -> None:
+    def _complete_records(self, pairs: dict[int, int]) -> None:
         """Enter what is known at the end only: the last layer, and which layers and activations are pairs."""
         records = self.records
-        for layer, activation in self._pairs.found.items():
+        for layer, activation in pairs.items():
             records[activation] = _knowing(records[activation], layer=records[layer].kind)
             records[layer] = _knowing(records[layer], activation=records[activation])
         layers = [place for place, site in enumerate(records) if site.kind in LAYERS]

@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from attrbox.core.half_precision import HALF, wide
+from attrbox.core.model_state import HALF, wide
 from attrbox.engine.calling import plain
 from attrbox.engine.operations.calls import Operation
 from attrbox.engine.site import Gradients, Rule, Site, asked

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
-from attrbox.core.half_precision import autocasting, wide
+from attrbox.core.model_state import autocasting, wide
 from attrbox.core.outputs import mapped, tensors
 from attrbox.core.results import Coverage, Operated
 from attrbox.engine.autograd_graph import between, last_on_the_way, made_into, on_the_way, ways_around

@@ -13,14 +13,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from attrbox.core.half_precision import HALF
 from attrbox.core.memory import backing_off, images_per_pass
-from attrbox.core.model_state import check_model, untouched
+from attrbox.core.model_state import HALF, check_model, drawing, untouched
 from attrbox.core.random_streams import streams
 from attrbox.core.results import Attribution, Coverage, Provenance
 from attrbox.core.targets import Target, TargetLike
-from attrbox.core.validation import check_flag, check_images
-from attrbox.engine.randomness import drawing, random_operations
+from attrbox.core.validation import check_flag, check_images, check_scores, non_finite_rows
+from attrbox.engine.randomness import random_operations
 from attrbox.errors import (
     ModelError,
     NonFiniteError,
@@ -33,7 +32,7 @@ from attrbox.errors import (
 )
 from attrbox.methods.base import Method, MethodSpec
 from attrbox.methods.comparison import Comparison
-from attrbox.methods.context.finite import check_scores, first_site, non_finite_rows, told
+from attrbox.methods.context.finite import first_site, told
 from attrbox.methods.context.passes import Settings
 from attrbox.methods.context.run import Run
 

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from attrbox.core.half_precision import HALF
 from attrbox.core.memory import images_per_pass
-from attrbox.core.model_state import check_model, untouched
+from attrbox.core.model_state import HALF, check_model, untouched
 from attrbox.core.options import choose
 from attrbox.core.random_streams import streams
 from attrbox.core.targets import Target, TargetLike, classes, top

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from attrbox.core.half_precision import HALF
+from attrbox.core.model_state import HALF
 from attrbox.data.maps.attributes import is_named
 from attrbox.data.maps.schema import dataset_name
 from attrbox.data.maps.writer import Growing, Layout, Written, known_targets

@@ -11,9 +11,8 @@ from snapshots import nothing_changes
 from torch import Tensor, nn
 
 import attrbox
-from attrbox.core.half_precision import _writes
 from attrbox.core.hashing import known_weights_hash
-from attrbox.core.model_state import untouched
+from attrbox.core.model_state import _writes, untouched
 from attrbox.core.targets import Target
 from attrbox.errors import AttrboxError, ForwardError, ModelError
 from attrbox.methods.context.passes import Settings

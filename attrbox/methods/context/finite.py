@@ -2,40 +2,14 @@
 
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from attrbox.core.validation import some
 from attrbox.engine.site import KINDS, Gradients, Rule, Site
 from attrbox.engine.tape import record
-from attrbox.errors import AttrboxError, NonFiniteError
+from attrbox.errors import AttrboxError
 from attrbox.methods.base import Method
 from attrbox.methods.context.run import Run
-
-
-def check_scores(model: nn.Module, scores: Tensor, start: int) -> None:
-    """Refuse images whose explained score is NaN or infinite: nothing can be said about these.
-
-    Args:
-        model: what returned them.
-        scores: [n, K].
-        start: the number of the first image.
-
-    Raises:
-        NonFiniteError: there are some.
-    """
-    if bool(scores.isfinite().all()):
-        return
-    bad = (~scores.isfinite()).any(1).nonzero().flatten() + start
-    weights = sum(not bool(p.isfinite().all()) for p in model.parameters() if p.is_floating_point())
-    cause = (
-        f"{weights} of its parameters have values that are not finite; load other weights."
-        if weights
-        else "Leave these images out, scale them as the model expects, or run it in a wider dtype."
-    )
-    raise NonFiniteError(
-        f"Expected finite scores, but the model (or the target function) returned NaN or infinity for the images "
-        f"{some(bad.tolist())}. {cause}"
-    )
 
 
 def told(label: str, rows: Sequence[int], where: str | None) -> str:
@@ -45,11 +19,6 @@ def told(label: str, rows: Sequence[int], where: str | None) -> str:
         f"The maps of {label!r} have NaN or infinite values for the images {some(rows)}. {first} Look for roots, "
         "logarithms and divisions at 0, for overflow in half precision, or choose another method."
     )
-
-
-def some(rows: Sequence[int]) -> str:
-    """Numbers of images, the first ten of them."""
-    return f"{list(rows[:10])}{' ...' if len(rows) > 10 else ''}"
 
 
 def first_site(run: Run, method: Method) -> str | None:
@@ -94,8 +63,3 @@ class _Finder(Rule):
         if self.where is None and not fine and bool(grad_output.isfinite().all()):
             self.where = site.where
         return found
-
-
-def non_finite_rows(values: Tensor) -> Tensor:
-    """Whether the maps of each image have a value that is not finite, [n]."""
-    return ~torch.isfinite(values).flatten(1).all(1)
