@@ -11,10 +11,10 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from attrbox.core.memory import backing_off, images_per_pass
 from attrbox.core.model_state import HALF, check_model, drawing, untouched
+from attrbox.core.progress import passing_bar
 from attrbox.core.random_streams import streams
 from attrbox.core.results import Attribution, Coverage, Provenance
 from attrbox.core.targets import Target, TargetLike
@@ -87,7 +87,7 @@ def _run_outside_of_inference_mode(given: object, images: Tensor, chosen: Chosen
     replays = sum(len(method.rules) + len(method.layers) for method in used)
     chunks: list[_Chunk] = []
     passes = [method.passes_on(images) for method in used]
-    with untouched(model, dtype in HALF), _bar(count * sum(passes), call.progress) as bar:
+    with untouched(model, dtype in HALF), passing_bar("attribution", count * sum(passes), "pass", call.progress) as bar:
         settings = Settings(target, seeds, call.precision, call.channels_last, bar.update)
         size = call.batch_size or _images_per_pass(model, images, settings, used, bool(differentiating))
         start = 0
@@ -125,11 +125,6 @@ def _images_per_pass(
             raise
         Run(model, images, settings, slice(0, len(images)), len(images)).bare_forward()  # what fails here is told
         return len(images)
-
-
-def _bar(total: int, progress: bool) -> Any:
-    disable = None if progress else True  # None: shown on a terminal only
-    return tqdm(total=total, desc="attribution", unit="pass", delay=1, leave=False, disable=disable)
 
 
 def _replays(method: Method) -> bool:

@@ -11,11 +11,11 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from attrbox.core.memory import images_per_pass
 from attrbox.core.model_state import HALF, check_model, untouched
 from attrbox.core.options import choose
+from attrbox.core.progress import passing_bar
 from attrbox.core.random_streams import streams
 from attrbox.core.targets import Target, TargetLike, classes, top
 from attrbox.core.validation import check_count, check_flag, check_images, dense
@@ -212,7 +212,12 @@ class _Plan:
         size = max(1, _RANKINGS // (labels * self.images[0].numel() * 4))
         measured = []
         guard = contextlib.nullcontext() if model is None else untouched(model, self.half)
-        with torch.inference_mode(False), guard, torch.no_grad(), self._bar() as bar:
+        with (
+            torch.inference_mode(False),
+            guard,
+            torch.no_grad(),
+            passing_bar("evaluation", None, "image", self.progress) as bar,
+        ):
             per_pass = self._per_pass(model)
             for start in range(0, count, size):
                 rows = slice(start, min(start + size, count))
@@ -265,10 +270,6 @@ class _Plan:
                 measured[label] = metric.measure(study, outputs)
             _check_measured(label, measured[label], study)
         return measured
-
-    def _bar(self) -> Any:
-        disable = None if self.progress else True  # None: shown on a terminal only
-        return tqdm(desc="evaluation", unit="image", delay=1, leave=False, disable=disable)
 
 
 def _check_measured(label: str, measured: Mapping[str, Measurement], study: Study) -> None:

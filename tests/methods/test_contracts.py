@@ -1,7 +1,6 @@
 """What every registered method promises, tried on all of them, in normal and in failing mode."""
 
 import math
-import sys
 
 import pytest
 import torch
@@ -56,7 +55,7 @@ class TestEveryMethod:
                 self.n += passes
                 self.moves += passes > 0
 
-        monkeypatch.setattr(sys.modules["attrbox.methods.planner"], "tqdm", Bar)
+        monkeypatch.setattr("attrbox.core.progress.tqdm", Bar)
         explain(model, X, method, batch_size=2)
         (bar,) = bars
         assert bar.n == bar.total

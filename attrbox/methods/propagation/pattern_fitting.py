@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm
 
 from attrbox.core.hashing import architecture_hash, tensors_hash, weights_hash
 from attrbox.core.model_state import check_model, untouched
 from attrbox.core.outputs import unwrap
+from attrbox.core.progress import passing_bar
 from attrbox.core.validation import check_choice, check_count, check_images
 from attrbox.engine.site import LAYERS, RECTIFIERS, LayerInfo, Rule, Site
 from attrbox.engine.tape import record
@@ -187,4 +187,4 @@ def _bar(data: Any, progress: bool) -> Any:
     total = len(data) if isinstance(data, Tensor | Dataset) and hasattr(data, "__len__") else None
     if isinstance(data, DataLoader) and hasattr(data.dataset, "__len__"):
         total = len(data.dataset)
-    return tqdm(total=total, desc="patterns", unit="image", delay=1, leave=False, disable=None if progress else True)
+    return passing_bar("patterns", total, "image", progress)
