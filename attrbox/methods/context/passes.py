@@ -124,6 +124,7 @@ class Once:
         return cast(T, self._kept[key])
 
 
+@dataclass(eq=False)
 class Passes:
     """The ways in which a model is run.
 
@@ -132,32 +133,29 @@ class Passes:
         plain      any images, for their true gradient, in the fastest way
         outputs    any images, without a gradient, in the fastest way
 
-    Args:
+    Attributes:
         model: in evaluation mode.
         image: one of the images, [1, ...].
         precision: dtype of automatic mixed precision, or None.
         channels_last: run the fastest passes in this memory format.
     """
 
-    def __init__(
-        self, model: nn.Module, image: Tensor, precision: torch.dtype | None = None, channels_last: bool = True
-    ) -> None:
-        self.model = model
-        self._image = image
-        self._precision = precision
-        self._channels_last = channels_last
+    model: nn.Module
+    image: Tensor
+    precision: torch.dtype | None = None
+    channels_last: bool = True
 
     def autocast(self) -> contextlib.AbstractContextManager[None]:
         """Automatic mixed precision, if the call asks for it."""
-        return self._autocast(self._precision)
+        return self._autocast(self.precision)
 
     def autocast_recorded(self) -> contextlib.AbstractContextManager[None]:
         """The same for the pass at the images themselves, which rules are replayed on; but float32 in place of float16,
         whose range does not hold relevance."""
-        return self._autocast(None if self._precision == torch.float16 else self._precision)
+        return self._autocast(None if self.precision == torch.float16 else self.precision)
 
     def _autocast(self, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[None]:
-        return torch.autocast(self._image.device.type, dtype) if dtype else contextlib.nullcontext()
+        return torch.autocast(self.image.device.type, dtype) if dtype else contextlib.nullcontext()
 
     def recorded(
         self,
@@ -194,7 +192,7 @@ class Passes:
     def _doubled(self) -> Any:
         """What the model returns for two copies of an image."""
         with torch.no_grad():
-            return forward(self.model, torch.cat([self._image, self._image]))
+            return forward(self.model, torch.cat([self.image, self.image]))
 
     @cached_property
     def _unwatched(self) -> Unwatched:
@@ -203,7 +201,7 @@ class Passes:
     def _fastest(self, images: Tensor, function: Callable[[Tensor], T]) -> T:
         if isinstance(self.model, BlackBox):  # what it does with memory formats is not known
             images = images.contiguous()
-        elif self._channels_last:
+        elif self.channels_last:
             images = in_channels_last(images)
         with self.autocast():
             return self._unwatched.run(images, function)

@@ -2,9 +2,10 @@
 
 import warnings
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,9 +14,38 @@ from attrbox.core.options import identity
 from attrbox.engine.first_convolution import Stem, stem_of
 from attrbox.errors import ForwardError, ModelError, NothingHiddenWarning, TargetError
 from attrbox.methods.context.passes import Once, Passes, Samples, Settings
-from attrbox.methods.context.quadrature import quadratures
 
 T = TypeVar("T")
+
+
+def _midpoint(steps: int) -> tuple[Any, Any]:
+    return (np.arange(steps) + 0.5) / steps, np.full(steps, 1 / steps)
+
+
+def _gauss_legendre(steps: int) -> tuple[Any, Any]:
+    nodes, weights = np.polynomial.legendre.leggauss(steps)
+    return (nodes + 1) / 2, weights / 2
+
+
+def _right(steps: int) -> tuple[Any, Any]:
+    return np.arange(1, steps + 1) / steps, np.full(steps, 1 / steps)
+
+
+def _trapezoid(steps: int) -> tuple[Any, Any]:
+    if steps == 1:
+        return _midpoint(1)
+    weights = np.full(steps, 1 / (steps - 1))
+    weights[[0, -1]] /= 2
+    return np.linspace(0, 1, steps), weights
+
+
+# Nodes and weights on [0, 1]; the weights of each sum to 1.
+quadratures: dict[str, Callable[[int], tuple[Any, Any]]] = {
+    "midpoint": _midpoint,
+    "gauss_legendre": _gauss_legendre,
+    "right": _right,
+    "trapezoid": _trapezoid,
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,29 +76,20 @@ class Moments:
         return self.variance + self.mean**2
 
 
+@dataclass(eq=False)
 class Versions:
     """The passes over versions of the images; what several methods ask for is computed once.
 
-    Attributes:
-        per_pass: how many images a pass may take.
+    A pass takes `per_pass` images; `asked` are quantities that methods will ask for.
     """
 
-    def __init__(
-        self,
-        settings: Settings,
-        samples: Samples,
-        passes: Passes,
-        explained: Explained,
-        per_pass: int,
-        asked: Collection[object],
-    ) -> None:
-        self.settings = settings
-        self.samples = samples
-        self.passes = passes
-        self.explained = explained
-        self.per_pass = per_pass
-        self._asked = asked
-        self._once = Once()
+    settings: Settings
+    samples: Samples
+    passes: Passes
+    explained: Explained
+    per_pass: int
+    asked: Collection[object]
+    once: Once = field(default_factory=Once)
 
     def path_gradient(self, steps: int, quadrature: str, baseline: float | Tensor) -> Tensor:
         """The gradient averaged along the straight line from the baseline to the image, [n, K, C, H, W].
@@ -82,18 +103,18 @@ class Versions:
             change = images - start
             return self._weighted(weights, lambda draws: start + _steps(nodes[draws], change) * change)
 
-        return self._once(("path", steps, quadrature, identity(baseline)), compute)
+        return self.once(("path", steps, quadrature, identity(baseline)), compute)
 
     def noise_mean(self, samples: int, noise: float) -> Tensor:
         """The mean of `noise_moments`, [n, K, C, H, W]; for less than the moments, if no method asks for those."""
-        if noise_key(samples, noise) in self._asked:
+        if noise_key(samples, noise) in self.asked:
             return self.noise_moments(samples, noise).mean
 
         def compute() -> Tensor:
             weights = self.samples.images.new_full((samples,), 1 / samples)
             return self._weighted(weights, self._noisy(noise))
 
-        return self._once(("noise mean", samples, noise), compute)
+        return self.once(("noise mean", samples, noise), compute)
 
     def noise_moments(self, samples: int, noise: float) -> Moments:
         """Moments of the gradient over `samples` copies with Gaussian noise, of standard deviation
@@ -113,7 +134,7 @@ class Versions:
                 count += size
             return Moments(mean, squares / samples)
 
-        return self._once(noise_key(samples, noise), compute)
+        return self.once(noise_key(samples, noise), compute)
 
     def _noisy(self, noise: float) -> Callable[[slice], Tensor]:
         """Draws -> noisy copies of the images, [draws, n, ...]."""

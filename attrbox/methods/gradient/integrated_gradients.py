@@ -7,8 +7,8 @@ from torch import Tensor
 from attrbox.core.options import option
 from attrbox.core.validation import check_baseline, check_choice, check_count
 from attrbox.methods.base import Method, register_method
-from attrbox.methods.context.quadrature import quadratures
 from attrbox.methods.context.run import Run
+from attrbox.methods.context.versions import quadratures
 
 
 @register_method(
