@@ -22,10 +22,10 @@ def check(valid: bool, name: str, wanted: str, value: object) -> None:
         raise OptionError(f"Expected {name} to be {wanted}, got {shown(value)}.")
 
 
-def check_count(name: str, value: object) -> None:
-    """A whole number of at least 1."""
-    valid = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-    check(valid, name, "a whole number >= 1", value)
+def check_count(name: str, value: object, least: int = 1) -> None:
+    """A whole number of at least so many."""
+    valid = isinstance(value, int) and not isinstance(value, bool) and value >= least
+    check(valid, name, f"a whole number >= {least}", value)
 
 
 def check_number(

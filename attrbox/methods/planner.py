@@ -18,7 +18,7 @@ from attrbox.core.progress import passing_bar
 from attrbox.core.random_streams import streams
 from attrbox.core.results import Attribution, Coverage, Provenance
 from attrbox.core.targets import Target, TargetLike
-from attrbox.core.validation import check_flag, check_images, check_scores, non_finite_rows
+from attrbox.core.validation import check_count, check_flag, check_images, check_scores, non_finite_rows
 from attrbox.engine.randomness import random_operations
 from attrbox.errors import (
     ModelError,
@@ -58,9 +58,8 @@ class Call:
             raise OptionError(
                 f"Expected precision to be None, torch.bfloat16 or torch.float16, got {shown(self.precision)}."
             )
-        size = self.batch_size
-        if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
-            raise OptionError(f"Expected batch_size to be a whole number >= 1, or None, got {shown(size)}.")
+        if self.batch_size is not None:
+            check_count("batch_size", self.batch_size)
 
 
 def run_methods(given: object, images: Tensor, chosen: Chosen, call: Call) -> Comparison:

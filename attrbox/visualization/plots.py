@@ -21,6 +21,7 @@ from torch import Tensor
 
 from attrbox.core.atomic_files import as_path, whole_file
 from attrbox.core.results import Attribution
+from attrbox.core.validation import check_count
 from attrbox.errors import FileError, InputError, OptionError, shown
 from attrbox.visualization.colors import (
     FRAME,
@@ -224,8 +225,7 @@ def _check(
         raise InputError(f"Expected images as a torch.Tensor [N, C, H, W], at least one, got {got}.")
     if not attributions:
         raise InputError("Expected the maps of at least one method, got none.")
-    if not isinstance(max_images, int) or max_images < 1:
-        raise OptionError(f"Expected max_images to be a whole number >= 1, got {shown(max_images)}.")
+    check_count("max_images", max_images)
     first = next(iter(attributions.values()))
     for label, maps in attributions.items():
         if len(maps) != len(images) or maps.score.shape != first.score.shape:

@@ -8,13 +8,12 @@ The noise is Gaussian, its standard deviation `noise_fraction * (max - min)` of 
 passes.
 """
 
-import math
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from attrbox.core.options import option
-from attrbox.core.validation import check, check_count, check_flag
+from attrbox.core.validation import check_count, check_flag, check_number
 from attrbox.methods.base import Method, register_method
 from attrbox.methods.context.run import Run
 from attrbox.methods.context.versions import Moments, noise_key
@@ -29,12 +28,7 @@ class _Noisy(Method):
 
     def __post_init__(self) -> None:
         check_count("n_samples", self.n_samples)
-        valid = (
-            isinstance(self.noise_fraction, int | float)
-            and math.isfinite(self.noise_fraction)
-            and self.noise_fraction >= 0
-        )
-        check(valid, "noise_fraction", "a number >= 0", self.noise_fraction)
+        check_number("noise_fraction", self.noise_fraction, least=0)
 
     @property
     def passes(self) -> int:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attrbox.core.options import option
-from attrbox.core.validation import check, check_choice, check_fill, check_flag, check_number
+from attrbox.core.validation import check_choice, check_count, check_fill, check_flag, check_number
 from attrbox.methods.base import register_method
 from attrbox.methods.context.run import Run
 from attrbox.methods.masking.generators import circles, smoothing, stretched, total_variation, upsampling
@@ -93,8 +93,7 @@ class Mask(Optimised):
             check_number(name, getattr(self, name), least=0)
         for name in ("mean", "isotropic"):
             check_flag(name, getattr(self, name))
-        valid = isinstance(self.jitter, int) and not isinstance(self.jitter, bool) and self.jitter >= 0
-        check(valid, "jitter", "a whole number >= 0", self.jitter)
+        check_count("jitter", self.jitter, least=0)
 
     @property
     def passes(self) -> int:

@@ -22,7 +22,7 @@ from torch import Tensor
 from attrbox.core.fills import need_images
 from attrbox.core.options import option
 from attrbox.core.targets import UNITS
-from attrbox.core.validation import check, check_choice, check_count, check_number
+from attrbox.core.validation import check_choice, check_count, check_number
 from attrbox.errors import InputError, OptimisationWarning
 from attrbox.methods.base import Method
 from attrbox.methods.context.run import Run
@@ -50,8 +50,7 @@ class Optimised(Method):
             check_number("seconds", self.seconds, above=0)
         if self.score is not None:
             check_choice("score", self.score, UNITS)
-        valid = isinstance(self.history, int) and not isinstance(self.history, bool) and self.history >= 0
-        check(valid, "history", "a whole number >= 0", self.history)
+        check_count("history", self.history, least=0)
 
     def sides(self, run: Run) -> tuple[int, int]:
         """Height and width of the images.

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from attrbox.core.options import option
-from attrbox.core.validation import check
+from attrbox.core.validation import check_count
 from attrbox.methods.base import register_method
 from attrbox.methods.context.run import Run
 from attrbox.methods.perturbation.perturbing import Segmented, exact, least_squares
@@ -47,10 +47,8 @@ class KernelShap(Segmented):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        valid = self.n_samples is None or (
-            isinstance(self.n_samples, int) and not isinstance(self.n_samples, bool) and self.n_samples >= 2
-        )
-        check(valid, "n_samples", "a whole number >= 2, or None", self.n_samples)
+        if self.n_samples is not None:
+            check_count("n_samples", self.n_samples, least=2)
 
     @property
     def passes(self) -> int:

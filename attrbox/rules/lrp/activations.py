@@ -14,15 +14,14 @@ denominator of a quotient and the deviation of a norm are gates as well: constan
 a norm is linear, and its bias and mean absorb their share.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from attrbox.core.validation import check_number
 from attrbox.engine.site import ELEMENTWISE, Gradients, NormInfo, PairInfo, Rule, Site
-from attrbox.errors import OptionError, shown
 from attrbox.rules.lrp.norms import normed, weighted
 
 
@@ -40,8 +39,7 @@ class LRPEpsilon(Rule):
     by_rows = True
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.epsilon, int | float) and math.isfinite(self.epsilon) and self.epsilon > 0):
-            raise OptionError(f"Expected epsilon > 0 (it keeps f(x)/x finite), got {shown(self.epsilon)}.")
+        check_number("epsilon", self.epsilon, above=0)  # which keeps f(x) / x finite
 
     def needs_at(self, kind: str) -> frozenset[str]:
         return _NEEDS.get(kind, self.needs)

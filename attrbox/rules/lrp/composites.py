@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from attrbox.core.validation import check_number
 from attrbox.engine.site import LAYERS, Gradients, LayerInfo, Rule, Site
 from attrbox.errors import OptionError, shown
 from attrbox.rules.lrp.activations import LRPEpsilon
@@ -55,8 +56,7 @@ class Composite(Rule):
             raise OptionError(
                 f"Expected a tuple of pairs (where, rule of attrbox.rules.lrp.layers), got {shown(self.places)}."
             )
-        if not (isinstance(self.stabiliser, float) and self.stabiliser > 0):
-            raise OptionError(f"Expected a stabiliser > 0, got {shown(self.stabiliser)}.")
+        check_number("stabiliser", self.stabiliser, above=0)
         object.__setattr__(self, "places", pairs)
 
     def needs_at(self, kind: str) -> frozenset[str]:

@@ -25,13 +25,14 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from attrbox.core.validation import check_number
 from attrbox.engine.site import LayerInfo, Site
-from attrbox.errors import OptionError, shown
+from attrbox.errors import OptionError
 
 
 def nonzero(x: Tensor) -> Tensor:
@@ -177,7 +178,7 @@ class Epsilon(LayerRule):
     epsilon: float = 1e-6
 
     def __post_init__(self) -> None:
-        _check("epsilon", self.epsilon)
+        check_number("epsilon", self.epsilon, above=0)
 
     def flows(self, layer: Layer) -> tuple[Flow, ...]:
         return (Flow((layer.plain,)),)
@@ -194,8 +195,8 @@ class AlphaBeta(LayerRule):
     beta: float = 1.0
 
     def __post_init__(self) -> None:
-        _check("alpha", self.alpha)
-        _check("beta", self.beta, zero=True)
+        check_number("alpha", self.alpha, above=0)
+        check_number("beta", self.beta, least=0)
         if not math.isclose(self.alpha - self.beta, 1.0):
             raise OptionError(f"Expected alpha - beta = 1, so that relevance is conserved, got {self}.")
 
@@ -236,7 +237,7 @@ class Gamma(LayerRule):
     gamma: float = 0.25
 
     def __post_init__(self) -> None:
-        _check("gamma", self.gamma, zero=True)
+        check_number("gamma", self.gamma, least=0)
 
     def flows(self, layer: Layer) -> tuple[Flow, ...]:
         w, b, y = layer.weight, layer.bias, layer.plain.output
@@ -297,9 +298,3 @@ def _bound(bound: float | Sequence[float], layer: Layer) -> Tensor:
 def _some(values: Tensor | None) -> Tensor:
     assert values is not None
     return values
-
-
-def _check(name: str, value: Any, zero: bool = False) -> None:
-    valid = isinstance(value, int | float) and math.isfinite(value) and (value > 0 or (zero and value == 0))
-    if not valid:
-        raise OptionError(f"Expected {name} to be a number {'>= 0' if zero else '> 0'}, got {shown(value)}.")
