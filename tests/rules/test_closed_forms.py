@@ -292,7 +292,7 @@ def test_lrp_epsilon_of_one_layer_and_a_relu():
 
 
 def test_lrp_epsilon_of_zero_is_refused():
-    with pytest.raises(attrbox.errors.OptionError, match="epsilon > 0"):
+    with pytest.raises(attrbox.errors.OptionError, match="epsilon to be a number > 0"):
         values(linear, X, "lrp_epsilon", epsilon=0.0)
 
 
