@@ -36,7 +36,7 @@ def check_number(
     bounds = [f"> {above:g}"] * (above > -math.inf) + [f">= {least:g}"] * (least > -math.inf)
     bounds += [f"<= {most:g}"] * (most < math.inf)
     inside = valid and above < float(value) <= most and float(value) >= least  # type: ignore[arg-type]
-    check(inside, name, " and ".join(["a number", *bounds]), value)
+    check(inside, name, f"a number {' and '.join(bounds)}".strip(), value)
 
 
 def check_flag(name: str, value: object) -> None:
