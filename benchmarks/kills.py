@@ -20,7 +20,7 @@ import torch
 import torchvision
 
 import attrbox
-from attrbox.data.maps.journal import journal_of
+from attrbox.data.maps.journal import journal_of, lock_of
 
 METHODS = ["saliency", "deeplift", ("integrated_gradients", {"steps": 2})]
 
@@ -74,7 +74,7 @@ def main() -> None:
     counts = dict.fromkeys(("torn", "behind", "before", "whole", "missed"), 0)
     with tempfile.TemporaryDirectory() as folder:
         path, whole = Path(folder, "maps.h5"), Path(folder, "whole.h5")
-        journal = journal_of(path)
+        journal, lock = journal_of(path), lock_of(path)
         start = time.perf_counter()
         run(whole, arguments.images, arguments.side)
         seconds = time.perf_counter() - start
@@ -84,7 +84,7 @@ def main() -> None:
                 break
             process = context.Process(target=run, args=(path, arguments.images, arguments.side))
             process.start()
-            while process.exitcode is None and not journal.exists():
+            while process.exitcode is None and not lock.exists():
                 time.sleep(0.001)
             if moment == "end":
                 while process.exitcode is None and size(path) < size(whole) - 100_000:
@@ -98,7 +98,7 @@ def main() -> None:
             process.join()
             if process.exitcode == 0:  # finished first: begin anew
                 assert check(path, whole) == arguments.images
-                assert os.listdir(folder).count(journal.name) == 0
+                assert not journal.exists()
                 path.unlink()
                 counts["missed"] += 1
                 continue

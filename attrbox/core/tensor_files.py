@@ -13,15 +13,17 @@ from attrbox.core.atomic_files import as_path, whole_file
 from attrbox.errors import FileError
 
 
-def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], settings: Mapping[str, Any], kind: str) -> Path:
-    """Write a file of some kind, such as "patterns"; an existing one is replaced as a whole.
+def write_tensors(
+    path: str | Path, tensors: Mapping[str, Tensor], settings: Mapping[str, Any], kind: str, locked: bool = False
+) -> Path:
+    """Write a file of some kind, such as "patterns"; an existing one is replaced as a whole (`locked`: `whole_file`).
 
     Raises:
         FileError: the file cannot be written.
     """
     stored = {name: values.detach().cpu().contiguous() for name, values in tensors.items()}
     data = save(stored, metadata={"format": _format(kind), "settings": json.dumps(dict(settings))})
-    with whole_file(path) as temporary:
+    with whole_file(path, locked=locked) as temporary:
         temporary.write_bytes(data)
     return Path(path)
 

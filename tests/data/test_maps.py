@@ -134,9 +134,7 @@ def test_metrics_of_a_file(tmp_path):
 def test_an_interrupted_commit_is_finished_before_reading(path):
     whole = path.read_bytes()
     with Journal(path) as right:
-        right.write(len(whole), {0: whole[:4096]})
-        text = journal_of(path).read_bytes()
-    journal_of(path).write_bytes(text)
+        right.write(len(whole), {0: bytearray(whole[:4096])})
     path.write_bytes(b"torn" + whole[4:])
     with attrbox.open_maps(path) as maps:
         assert maps.samples == 10

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import attrbox
 from attrbox.data.maps import journal
-from attrbox.data.maps.journal import Journal, journal_of
+from attrbox.data.maps.journal import Journal, lock_of
 from attrbox.data.models.loaded_model import LoadedModel, Preprocess
 from attrbox.errors import FileError, InputError, NoGradientError, OptionError, TargetError
 from attrbox.pipeline import job
@@ -505,7 +505,7 @@ def start(processes, path, limit=None):
     """A process that exports, and has begun to."""
     process = processes.Process(target=export_slowly, args=(path, limit))
     process.start()
-    while process.exitcode is None and not journal_of(path).exists():
+    while process.exitcode is None and not lock_of(path).exists():
         time.sleep(0.002)
     return process
 
@@ -575,7 +575,7 @@ def test_what_was_killed_at_its_first_batch_is_cleared_away(path, processes):
     process = processes.Process(target=die_at_the_first_batch, args=(path,))
     process.start()
     process.join()
-    assert sorted(os.listdir(path.parent)) == [".attrbox-maps.h5.part", "maps.h5.journal", "maps.h5.lock"]
+    assert sorted(os.listdir(path.parent)) == [".attrbox-maps.h5.part", "maps.h5.lock"]
     export(path)
     assert os.listdir(path.parent) == ["maps.h5"]
 
@@ -587,7 +587,7 @@ def test_the_second_exporter_is_refused(path, processes):
                 export(path, overwrite=overwrite)
     process = start(processes, path)
     while process.exitcode is None and not path.exists():
-        time.sleep(0.002)  # until it has locked the journal that it made
+        time.sleep(0.002)  # until it has locked the file that it made
     with pytest.raises(FileError, match="being written by another process"):
         export(path, Pairs(pictures(60)))
     process.kill()

@@ -5,32 +5,30 @@ end of the committed state goes to the file at once, since nothing committed ref
 bytes waits in memory until `commit`, which
 
     1. makes the new bytes at the end durable,
-    2. writes the changed ones into a journal beside the file, `NAME.journal`, with a checksum, and makes that durable,
-    3. applies them, makes that durable, and empties the journal.
+    2. writes the changed ones into a journal beside the file, `NAME.journal`, which appears whole and durably,
+    3. applies them, makes that durable, and removes the journal.
 
 So after a crash (of the process, of the machine, of a full disk) the file holds the state before, or the journal all
 that is missing to the one after, which the next to open it applies. As long as somebody writes, `NAME.lock` is locked:
-a second writer is refused, and a dead one leaves no lock behind. Both are gone afterwards.
+a second writer is refused, and a dead one leaves no lock behind.
 """
 
-import hashlib
 import io
 import os
-import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
+import torch
 from filelock import FileLock, Timeout
 
 from attrbox.core.atomic_files import as_path, settle, whole_file
+from attrbox.core.tensor_files import read_tensors, write_tensors
 from attrbox.errors import BusyError, FileError
 
 _PAGE = 4096
-_MAGIC = b"attrbox journal\n"
-_HEAD = struct.Struct("<QQ")  # size of the file, number of pages
-_ENTRY = struct.Struct("<QQ")  # offset, length
+_KIND = "commits"
 
 
 class Journal:
@@ -44,65 +42,42 @@ class Journal:
     def __init__(self, path: str | Path) -> None:
         self.path = as_path(path)
         self._lock = _locked(self.path)
-        try:
-            self._file = open(journal_of(self.path), "a+b", buffering=0)  # noqa: SIM115 - as long as this object
-        except OSError as error:
-            self._lock.release()
-            raise _cannot("write beside", self.path, error) from error
-        settle(self.path.parent)
 
-    def write(self, size: int, pages: Mapping[int, bytes]) -> None:
+    def write(self, size: int, pages: Mapping[int, bytearray]) -> None:
         """Make durable that the file shall have this size and, at these offsets, these bytes."""
-        entries = [_ENTRY.pack(offset, len(page)) + page for offset, page in sorted(pages.items())]
-        content = _HEAD.pack(size, len(pages)) + b"".join(entries)
-        try:
-            self.clear()
-            _write_all(self._file, memoryview(_MAGIC + content + hashlib.sha256(content).digest()))
-            os.fsync(self._file.fileno())
-        except OSError:
-            self.clear()
-            raise
+        held = {str(offset): torch.frombuffer(page, dtype=torch.uint8) for offset, page in pages.items()}
+        write_tensors(journal_of(self.path), held, {"size": size}, _KIND, locked=True)
 
     def apply(self, file: IO[bytes]) -> None:
-        """Do to the file what is written here, if that is whole; if it is not, it belongs to no commit."""
-        self._file.seek(0)
-        text = self._file.read()
-        content, digest = text[len(_MAGIC) : -32], text[-32:]
-        if text.startswith(_MAGIC) and hashlib.sha256(content).digest() == digest:
-            size, pages = _HEAD.unpack_from(content)
-            place = _HEAD.size
-            for _ in range(pages):
-                offset, length = _ENTRY.unpack_from(content, place)
-                place += _ENTRY.size
-                file.seek(offset)
-                _write_all(file, memoryview(content)[place : place + length])
-                place += length
-            os.ftruncate(file.fileno(), size)
-            os.fsync(file.fileno())
-        self.clear()
+        """Do to the file what is written here, if anything is.
 
-    def clear(self) -> None:
-        """Forget what is written here."""
-        os.ftruncate(self._file.fileno(), 0)
+        Raises:
+            FileError: it cannot be read, as that of another version of attrbox.
+        """
+        if _is_pending(self.path):
+            pages, settings = read_tensors(journal_of(self.path), _KIND)
+            for offset, page in pages.items():
+                file.seek(int(offset))
+                _write_all(file, page.numpy().data)
+            os.ftruncate(file.fileno(), settings["size"])
+            os.fsync(file.fileno())
+            journal_of(self.path).unlink()
 
     def forget(self) -> None:
         """Do to the file what is written here, and forget it durably: it must never be done to another in its place."""
-        if os.fstat(self._file.fileno()).st_size and self.path.exists():
-            with open(self.path, "r+b", buffering=0) as file:
+        if self.path.exists():
+            with open(self.path, "r+b", buffering=0) as file, suppress(FileError):
                 self.apply(file)
-        self.clear()
-        os.fsync(self._file.fileno())
+        journal_of(self.path).unlink(missing_ok=True)
+        settle(self.path.parent)
 
     def close(self) -> None:
         """Give the right back."""
-        if not self._file.closed:
-            done = os.fstat(self._file.fileno()).st_size == 0
-            self._file.close()
-            with suppress(OSError):  # removed while it is locked: it is nobody else's
-                if done:
-                    os.unlink(journal_of(self.path))
-                os.unlink(self._lock.lock_file)
+        if self._lock.is_locked:
+            with suppress(OSError):
+                os.unlink(self._lock.lock_file)  # while it is locked: it is nobody else's
             self._lock.release()
+            settle(self.path.parent)
 
     def __enter__(self) -> "Journal":
         return self
@@ -123,38 +98,35 @@ class Transactions(io.RawIOBase):
 
     def __init__(self, journal: Journal) -> None:
         super().__init__()
-        self._discarding = True
+        self._journal = journal
+        self._pages: dict[int, bytearray] = {}  # changed ones of the committed state, by number
+        self._place = self._committed = self._size = 0
+        self._discarding = False
+        self._error: OSError | None = None
+        self._file: IO[bytes] = io.BytesIO()
         try:
             self._file = open(journal.path, "r+b", buffering=0)  # noqa: SIM115 - as long as this object
-            try:
-                journal.apply(self._file)
-            except BaseException:
-                self._file.close()
-                raise
+            journal.apply(self._file)
+            self._committed = self._size = os.fstat(self._file.fileno()).st_size
         except BaseException as error:
+            self._file.close()
             super().close()
             if isinstance(error, OSError):
                 raise _cannot("write", journal.path, error) from error
             raise
-        self._journal = journal
-        self._committed = self._size = os.fstat(self._file.fileno()).st_size
-        self._pages: dict[int, bytearray] = {}  # changed ones of the committed state, by number
-        self._place = 0
-        self._discarding = False
-        self._error: OSError | None = None
 
     def commit(self) -> None:
         """Make all that was written the state of the file.
 
         Raises:
-            OSError: it cannot be done, as of a full disk; the file keeps the state of the last commit.
+            OSError, FileError: it cannot be done, as of a full disk; the file keeps the state of the last commit.
         """
         if self._error:
             raise self._error
         os.fsync(self._file.fileno())
         changed = bool(self._pages) or self._size < self._committed
         if changed:
-            self._journal.write(self._size, {number * _PAGE: bytes(page) for number, page in self._pages.items()})
+            self._journal.write(self._size, {number * _PAGE: page for number, page in self._pages.items()})
         self._committed = self._size  # from here on, even if the rest is left to whoever opens the file next
         self._pages.clear()
         if changed:
@@ -265,18 +237,16 @@ def recover(path: str | Path) -> None:
     Raises:
         FileError: there is one, and the file cannot be written.
     """
-    journal = journal_of(path)
-    if journal.exists() and journal.stat().st_size and not is_being_written(path):
-        with Journal(path) as right:
+    if _is_pending(as_path(path)):
+        with suppress(BusyError), Journal(path) as right:
             Transactions(right).close()
 
 
 def is_being_written(path: str | Path) -> bool:
     """Whether some process has the right to write the file."""
-    if not journal_of(path).exists():
-        return False
     try:
-        Journal(path).close()
+        if lock_of(path).exists():
+            Journal(path).close()
     except BusyError:
         return True
     except FileError:  # nobody can write there
@@ -290,9 +260,21 @@ def journal_of(path: str | Path) -> Path:
     return path.with_name(path.name + ".journal")
 
 
+def lock_of(path: str | Path) -> Path:
+    """Where the lock of a file is."""
+    path = as_path(path)
+    return path.with_name(path.name + ".lock")
+
+
+def _is_pending(path: Path) -> bool:
+    with suppress(FileNotFoundError):
+        return journal_of(path).stat().st_size > 0  # an older attrbox left empty ones
+    return False
+
+
 def _locked(path: Path) -> FileLock:
     """The lock of a file, taken."""
-    lock = FileLock(path.with_name(path.name + ".lock"), timeout=0, thread_local=False, fallback_to_soft=False)
+    lock = FileLock(lock_of(path), timeout=0, thread_local=False, fallback_to_soft=False)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()

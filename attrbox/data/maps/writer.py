@@ -249,7 +249,9 @@ class Growing:
             self._raw.commit()
         except BaseException as error:
             self._raw.discard()
-            if isinstance(error, OSError | RuntimeError | ValueError) and not isinstance(error, AttrboxError):
+            if isinstance(error, FileError) or (
+                isinstance(error, OSError | RuntimeError | ValueError) and not isinstance(error, AttrboxError)
+            ):
                 raise FileError(
                     f"Cannot write {str(self.path)!r} any further ({error}). What was finished before is in the file; "
                     "make space, check permissions, and run the same again to go on."
