@@ -16,7 +16,7 @@ a second writer is refused, and a dead one leaves no lock behind.
 import io
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -31,7 +31,7 @@ _PAGE = 4096
 _KIND = "commits"
 
 
-class Journal:
+class Journal(AbstractContextManager["Journal"]):
     """The right to write a file, which need not exist yet: `with Journal(path) as journal: ...`.
 
     Raises:
@@ -79,9 +79,6 @@ class Journal:
             self._lock.release()
             settle(self.path.parent)
 
-    def __enter__(self) -> "Journal":
-        return self
-
     def __exit__(self, *exception: object) -> None:
         self.close()
 
@@ -112,7 +109,9 @@ class Transactions(io.RawIOBase):
             self._file.close()
             super().close()
             if isinstance(error, OSError):
-                raise _cannot("write", journal.path, error) from error
+                raise FileError(
+                    f"Cannot write {str(journal.path)!r} ({error}). Check its folder, permissions and free space."
+                ) from error
             raise
 
     def commit(self) -> None:
@@ -147,20 +146,8 @@ class Transactions(io.RawIOBase):
 
     # ----------------------------------------------------------------------------------------------- a raw file object
 
-    def readable(self) -> bool:
-        return True
-
-    def writable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         self._place = offset + (0, self._place, self._size)[whence]
-        return self._place
-
-    def tell(self) -> int:
         return self._place
 
     def readinto(self, buffer: Any) -> int:
@@ -301,7 +288,3 @@ def _read_all(file: IO[bytes], size: int) -> bytes:
         parts.append(part)
         size -= len(part)
     return b"".join(parts)
-
-
-def _cannot(what: str, path: Path, error: Exception) -> FileError:
-    return FileError(f"Cannot {what} {str(path)!r} ({error}). Check its folder, permissions and free space.")

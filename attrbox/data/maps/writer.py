@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -115,7 +115,7 @@ class Layout:
             file["samples"].create_dataset(f"failed/{dataset_name(label)}", (len(self.ids),), texts)
 
 
-class Growing:
+class Growing(AbstractContextManager["Growing"]):
     """An existing file of maps, open for adding to it.
 
     Attributes:
@@ -135,25 +135,20 @@ class Growing:
     def __init__(self, journal: Journal) -> None:
         self.path = journal.path
         self.waiting: dict[str, dict[int, str]] = {}
-        self._raw = Transactions(journal)
-        try:
-            self.file = h5py.File(self._raw, "r+")
+        with ExitStack() as opened:
+            self._raw = opened.enter_context(Transactions(journal))
             try:
+                self.file = opened.enter_context(h5py.File(self._raw, "r+"))
+                opened.callback(self._raw.discard)
                 self._read()
-            except BaseException:
-                self._raw.discard()
-                self.file.close()
+            except AttrboxError:
                 raise
-        except BaseException as error:
-            self._raw.close()
-            if isinstance(error, OSError | RuntimeError | ValueError | KeyError) and not isinstance(
-                error, AttrboxError
-            ):
+            except (OSError, RuntimeError, ValueError, KeyError) as error:
                 raise FileError(
                     f"{str(self.path)!r} is no file of maps, or a broken one ({error}). Choose another path, or "
                     "replace it: Running(overwrite=True) (--overwrite)."
                 ) from error
-            raise
+            self._opened = opened.pop_all()
 
     def _read(self) -> None:
         attributes = dict(self.file.attrs)
@@ -249,9 +244,8 @@ class Growing:
             self._raw.commit()
         except BaseException as error:
             self._raw.discard()
-            if isinstance(error, FileError) or (
-                isinstance(error, OSError | RuntimeError | ValueError) and not isinstance(error, AttrboxError)
-            ):
+            refused = isinstance(error, AttrboxError) and not isinstance(error, FileError)
+            if isinstance(error, OSError | RuntimeError | ValueError) and not refused:
                 raise FileError(
                     f"Cannot write {str(self.path)!r} any further ({error}). What was finished before is in the file; "
                     "make space, check permissions, and run the same again to go on."
@@ -260,20 +254,13 @@ class Growing:
 
     def close(self) -> None:
         """Close the file; what was not committed is lost."""
-        self._raw.discard()
-        try:
-            self.file.close()
-        finally:
-            self._raw.close()
-
-    def __enter__(self) -> "Growing":
-        return self
+        self._opened.close()
 
     def __exit__(self, *exception: object) -> None:
         self.close()
 
 
-class Output:
+class Output(AbstractContextManager["Output"]):
     """Where batches go: a file that is there, or one that appears with the first map.
 
     Attributes:
@@ -309,9 +296,6 @@ class Output:
         """Close the file, if there is one."""
         if self.growing is not None:
             self.growing.close()
-
-    def __enter__(self) -> "Output":
-        return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
