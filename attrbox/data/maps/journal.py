@@ -264,6 +264,7 @@ def _locked(path: Path) -> FileLock:
     lock = FileLock(lock_of(path), timeout=0, thread_local=False, fallback_to_soft=False)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        open(lock.lock_file, "ab").close()  # tells why, where no file can be made: to the lock it may seem taken
         lock.acquire()
     except Timeout:
         raise BusyError(
