@@ -19,7 +19,7 @@ from attrbox.core.outputs import Outputs
 from attrbox.core.random_streams import streams
 from attrbox.core.results import Provenance
 from attrbox.core.targets import Target
-from attrbox.errors import InputError, OptionError
+from attrbox.errors import InputError
 from attrbox.methods.base import method_registry as registry
 from attrbox.methods.context.passes import Once, Passes, Samples, Settings
 from attrbox.methods.context.run import Run
@@ -213,17 +213,9 @@ class Study:
 
     def _score(self, outputs: Outputs, rows: Tensor, scoring: Scoring) -> Tensor:
         indices = None if self.indices is None else self.indices[rows]
-        if scoring == "logit":
-            return self.target.score(outputs, indices)[:, 0].to(self.images.dtype)
-        if indices is None:
-            raise OptionError(
-                f"The score {scoring!r} needs classes, but the target is a function. Use score='logit', which is what "
-                "the function returns."
-            )
-        if scoring == "accuracy":
+        if scoring == "accuracy" and indices is not None:
             return (outputs.scores.argmax(1) == indices[:, 0]).to(self.images.dtype)
-        log = outputs.scores.log_softmax(1).gather(1, indices)[:, 0].to(self.images.dtype)
-        return log.exp() if scoring == "prob" else log
+        return self.target.score(outputs, indices, scoring)[:, 0].to(self.images.dtype)
 
     def explain(self, model: nn.Module, images: Tensor) -> dict[str, Maps]:
         """The maps of all methods for other images, or another model, by label.

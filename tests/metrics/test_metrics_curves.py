@@ -134,7 +134,7 @@ def test_a_target_function_has_a_score_but_no_probability():
     target = lambda outputs: outputs[:, 1] - outputs[:, 2]  # noqa: E731
     score = measure(model, x, maps, ("morf", {"relative": False}), target=target)["m"]["morf"]
     torch.testing.assert_close(score.curves[:, 0], target(model(x)).detach())
-    with pytest.raises(OptionError, match="needs classes"):
+    with pytest.raises(OptionError, match="needs class indices"):
         measure(model, x, maps, ("morf", {"relative": False, "score": "prob"}), target=target)
 
 

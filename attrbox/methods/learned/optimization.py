@@ -19,7 +19,7 @@ from attrbox.core.outputs import Outputs
 from attrbox.core.validation import check, check_choice, check_count, check_flag, check_number
 from attrbox.engine.site import Site
 from attrbox.engine.tape import Tape
-from attrbox.errors import NoGradientError, OptionError
+from attrbox.errors import NoGradientError
 from attrbox.methods.context.passes import in_channels_last
 from attrbox.methods.context.run import Run
 from attrbox.methods.learned.chain import Propagating, chained, channel_sum, prepared, recorded, sites_within, weighed
@@ -289,15 +289,7 @@ class _Game:
         return torch.cat(scores), torch.cat(gradients)
 
     def _score(self, output: Outputs, indices: Tensor | None) -> Tensor:
-        if self.method.score == "logit":
-            return self.run.settings.target.score(output, indices)[:, self.k]
-        if indices is None:
-            raise OptionError(
-                f"score={self.method.score!r} needs class indices as the target, got a function. Use score='logit', "
-                "which takes what the function returns."
-            )
-        log_prob = output.scores.log_softmax(1).gather(1, indices[:, self.k : self.k + 1])[:, 0]
-        return log_prob.exp() if self.method.score == "prob" else log_prob
+        return self.run.settings.target.score(output, indices, self.method.score)[:, self.k]
 
     def _fill(self, draw: int, choice: Tensor) -> Tensor:
         """What the masked pixels of this iteration show, [1 or n, C, ...]."""
