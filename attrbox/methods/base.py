@@ -15,6 +15,7 @@ methods that ask for the same one share it.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from torch import Tensor
@@ -121,7 +122,9 @@ def register_method(
     reduction: ChannelReduction = "sum",
     units: str = "score",
     only_for: str = "",
-    presets: Mapping[str, Mapping[str, Any]] | None = None,
+    presets: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+    preset: str | None = None,
+    switches: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
 ) -> Callable[[M], M]:
     """Class decorator: enter a `Method` into the registry under `name`.
 
@@ -133,8 +136,9 @@ def register_method(
         reduction: how the channels become one map for the eye.
         units: what one unit of the map is, in words.
         only_for: which models it is defined on, in words, if not on all.
-        presets: name -> options that it sets, for a method with an option `preset`; the first is the default, and
-            options that are given win over it.
+        presets: name -> options that it sets, for a method with an option `preset`; those that are given win.
+        preset: the one that holds by default, and whose options are the method's defaults; None: the first.
+        switches: option -> other options that it sets where it is True; presets, and what is given, win.
 
     Raises:
         OptionError: a name is blank, or the class is none that can be registered
@@ -145,15 +149,19 @@ def register_method(
     def enter(cls: M) -> M:
         method_registry.check_names(name, aliases)
         as_dataclass(cls, Method)
-        known = presets or {}
+        usual = preset or next(iter(presets), None)
 
-        def from_preset(**given: Any) -> Method:
-            preset = given.get("preset", next(iter(known)))
-            check_choice("preset", preset, tuple(known))
-            return cls(**(dict(known[preset]) | given))
+        def build(**given: Any) -> Method:
+            options: dict[str, Any] = {}
+            for switch in switches:
+                options |= switches[switch] if given.get(switch) is True else {}
+            if presets:
+                chosen: Any = given.get("preset", usual)
+                check_choice("preset", chosen, tuple(presets))
+                options |= {**presets[chosen], "preset": chosen}
+            return cls(**(options | given))
 
-        build: Callable[..., Method] = from_preset if known else cls
-        infos = option_infos(cls)
+        infos = option_infos(cls, {**presets[usual], "preset": usual} if usual else {})
         method_registry.add(MethodSpec(name, build, summary, reference, infos, aliases, reduction, units, only_for))
         return cls
 

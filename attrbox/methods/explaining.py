@@ -61,7 +61,7 @@ def explain(
     spec = registry[method]
     chosen = {spec.name: (spec, spec.create(options))}
     call = Call(target, seed, batch_size, precision, channels_last, progress, strict)
-    return run_methods(model, images, chosen, call)[spec.name]
+    return run_methods(model, images, chosen, call).attributions[spec.name]
 
 
 def compare(

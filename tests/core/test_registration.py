@@ -121,6 +121,31 @@ def test_a_class_with_options_that_is_no_dataclass_becomes_one(name, how):
     assert hash(made) == hash(cls(factor=2.0))
 
 
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ({}, (1.0, 5, "weak")),
+        ({"preset": "strong"}, (9.0, 5, "strong")),
+        ({"preset": "strong", "factor": 2.0}, (2.0, 5, "strong")),
+        ({"fast": True}, (1.0, 2, "weak")),
+        ({"fast": True, "preset": "slow"}, (3.0, 8, "slow")),
+        ({"fast": True, "steps": 4}, (1.0, 4, "weak")),
+    ],
+)
+def test_options_that_others_set(given, wanted):
+    """What is given wins over presets, these over switches, and all over the defaults of the class."""
+    fields = {"factor": 3.0, "steps": 5, "fast": False, "preset": "strong"}
+    types = {name: type(value) for name, value in fields.items()}
+    cls = KINDS["method"].cls(**{k: attrbox.option(v, k) for k, v in fields.items()}, __annotations__=types)
+    presets = {"strong": {"factor": 9.0}, "weak": {"factor": 1.0}, "slow": {"steps": 8}}
+    KINDS["method"].register("own", presets=presets, preset="weak", switches={"fast": {"steps": 2}})(cls)
+    made = attrbox.method_registry["own"].create(given)
+    assert (made.factor, made.steps, made.preset) == wanted
+    assert {info.name: info.default for info in attrbox.method_registry["own"].options}["factor"] == 1.0
+    with pytest.raises(OptionError, match="'strong' or 'weak' or 'slow'"):
+        attrbox.method_registry["own"].create({"preset": "other"})
+
+
 def test_attributes_of_the_class_are_no_options():
     cls = KINDS["rule"].cls(
         kinds=frozenset({"relu"}),

@@ -25,10 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attrbox.core.options import option_infos
-from attrbox.core.validation import check_choice
 from attrbox.errors import OptimisationWarning
-from attrbox.methods.base import Method, MethodSpec, method_registry
+from attrbox.methods.base import register_method
 from attrbox.methods.context.run import Run
 from attrbox.methods.learned.chain import channel_sum, regions
 from attrbox.methods.learned.optimization import Learning, Learnt, learn
@@ -113,26 +111,17 @@ def _kept(method: Learned, found: list[list[Learnt]]) -> LearnedRules:
     )
 
 
-def _build(default: str, **options: Any) -> Method:
-    preset = options.get("preset", default)
-    check_choice("preset", preset, tuple(PRESETS))
-    settings = dict(PRESETS[preset]) | options | {"preset": preset}
-    if options.get("fast") is True:
-        settings.setdefault("iterations", FAST_ITERATIONS)
-    return Learned(**settings)
-
-
-def _register(name: str, preset: str, summary: str, aliases: tuple[str, ...] = ()) -> None:
-    defaults = dict(PRESETS[preset]) | {"preset": preset}
-
-    def build(**options: Any) -> Method:
-        return _build(preset, **options)
-
-    reference = "Yang et al., ECCV 2020, arXiv 2010.07210"
-    infos = option_infos(Learned, defaults)
-    method_registry.add(MethodSpec(name, build, summary, reference, infos, aliases, "sum", "score"))
-
-
-_register("learned", "paper", "Propagation rule learned for each image, as published", ("learned_paper",))
-_register("learned_rank", "rank", "Learned rule trained on the removal curves themselves, with random fills")
-_register("learned_clean", "clean", "Learned rule where DeepLIFT, smoothed, agrees: the one to show people")
+for _name, _preset, _summary, _aliases in (
+    ("learned", "paper", "Propagation rule learned for each image, as published", ("learned_paper",)),
+    ("learned_rank", "rank", "Learned rule trained on the removal curves themselves, with random fills", ()),
+    ("learned_clean", "clean", "Learned rule where DeepLIFT, smoothed, agrees: the one to show people", ()),
+):
+    register_method(
+        _name,
+        summary=_summary,
+        reference="Yang et al., ECCV 2020, arXiv 2010.07210",
+        aliases=_aliases,
+        presets=PRESETS,
+        preset=_preset,
+        switches={"fast": {"iterations": FAST_ITERATIONS}},
+    )(Learned)
