@@ -8,12 +8,7 @@ from torch import Tensor, nn
 
 from attrbox.core.fills import FILLS
 from attrbox.core.model_state import wide
-from attrbox.errors import (
-    InputError,
-    NonFiniteError,
-    OptionError,
-    shown,
-)
+from attrbox.errors import InputError, NonFiniteError, OptionError, shown
 
 
 def check(valid: bool, name: str, wanted: str, value: object) -> None:

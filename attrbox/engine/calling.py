@@ -18,11 +18,7 @@ from attrbox.core.memory import is_out_of_memory
 from attrbox.engine.folding import Unfolded
 from attrbox.engine.operations.batch_norm import SPELLINGS
 from attrbox.engine.refusals import written_over
-from attrbox.errors import (
-    ForwardError,
-    ModelError,
-    OptionError,
-)
+from attrbox.errors import ForwardError, ModelError, OptionError
 
 
 def forward(model: nn.Module, images: Tensor, watching: AbstractContextManager[None] | None = None) -> Any:
@@ -71,10 +67,14 @@ def plain_gradients(model: nn.Module) -> contextlib.AbstractContextManager[objec
 
     Compiled and scripted models do not let their operations be seen, and run as they are.
     """
-    hidden = (
-        isinstance(module, torch.jit.ScriptModule)
-        or hasattr(module, "_orig_mod")
-        or getattr(module, "_compiled_call_impl", None) is not None
-        for module in model.modules()
-    )
-    return contextlib.nullcontext() if not torch.is_grad_enabled() or any(hidden) else _Plain()
+    hidden = any(map(hidden_by, model.modules()))
+    return contextlib.nullcontext() if not torch.is_grad_enabled() or hidden else _Plain()
+
+
+def hidden_by(module: nn.Module) -> str:
+    """What keeps a function mode from seeing the operations of a module: it is "scripted or traced", or "compiled"; ""
+    if nothing does."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return "scripted or traced"
+    compiled = hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+    return "compiled" if compiled else ""

@@ -36,11 +36,7 @@ from attrbox.engine.operations.table import interpret, is_decision, is_linear, p
 from attrbox.engine.refusals import batch_statistics, checkpointed, drawn_windows, no_feature_map
 from attrbox.engine.site import ACTIVATIONS, GATES, LAYERS, Site
 from attrbox.engine.site_function import Replaying, SiteFunction
-from attrbox.errors import (
-    ModelError,
-    OptionError,
-    near_miss,
-)
+from attrbox.errors import ModelError, OptionError, near_miss
 
 R = TypeVar("R", Site, Operation)
 

@@ -12,19 +12,13 @@ from attrbox.core.model_state import autocasting, wide
 from attrbox.core.outputs import mapped, tensors
 from attrbox.core.results import Coverage, Operated
 from attrbox.engine.autograd_graph import between, last_on_the_way, made_into, on_the_way, ways_around
-from attrbox.engine.calling import forward
+from attrbox.engine.calling import forward, hidden_by
 from attrbox.engine.feature_maps import Grid
 from attrbox.engine.recorder import Recorder
 from attrbox.engine.refusals import checkpointed, written_over
 from attrbox.engine.site import LAYERS, PoolInfo, Rule, Site, asked
 from attrbox.engine.site_function import Reference, Replaying
-from attrbox.errors import (
-    ForwardError,
-    ModelError,
-    NoGradientError,
-    RuleError,
-    UnsupportedModelError,
-)
+from attrbox.errors import ForwardError, ModelError, NoGradientError, RuleError, UnsupportedModelError
 
 
 class Tape:
@@ -260,19 +254,21 @@ def check_visible(model: nn.Module) -> None:
         UnsupportedModelError: the model, or a part of it, is scripted, traced, compiled or a DataParallel.
     """
     for name, module in model.named_modules():
-        where = f"module {name!r}" if name else "the model"
-        if isinstance(module, torch.jit.ScriptModule):
-            state, remedy = "scripted or traced", "Explain the model as it was before torch.jit.script or trace"
-        elif hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
-            state, remedy = "compiled", "Explain the original (compiled_model._orig_mod, or load it without compiling)"
-        elif isinstance(module, nn.DataParallel):
-            state, remedy = "replicated by DataParallel", "Explain its .module"
-        else:
-            continue
-        raise UnsupportedModelError(
-            f"{where.capitalize()} is {state}, so its single operations cannot be seen and no propagation rule "
-            f"would reach them. {remedy}; saliency, integrated_gradients and the SmoothGrad family run on it as it is."
-        )
+        state = "replicated by DataParallel" if isinstance(module, nn.DataParallel) else hidden_by(module)
+        if state:
+            where = f"Module {name!r}" if name else "The model"
+            raise UnsupportedModelError(
+                f"{where} is {state}, so its single operations cannot be seen and no propagation rule would reach "
+                f"them. {_REMEDIES[state]}; saliency, integrated_gradients and the SmoothGrad family run on it as it "
+                "is."
+            )
+
+
+_REMEDIES = {
+    "scripted or traced": "Explain the model as it was before torch.jit.script or trace",
+    "compiled": "Explain the original (compiled_model._orig_mod, or load it without compiling)",
+    "replicated by DataParallel": "Explain its .module",
+}
 
 
 def _scaled(score: Tensor, inputs: Sequence[Tensor | GradientEdge]) -> tuple[Tensor, ...]:
