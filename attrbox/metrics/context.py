@@ -107,7 +107,7 @@ class Study:
         """
 
         def compute() -> tuple[Tensor, Tensor]:
-            parts = [self._ordered(self.regions(maps.heatmap, region).flatten(1), most) for maps in self.maps.values()]
+            parts = [self._ordered(region_sums(maps.heatmap, region).flatten(1), most) for maps in self.maps.values()]
             return torch.stack([first for first, _ in parts]), torch.stack([last for _, last in parts])
 
         return self.once(("order", region, most), compute)
@@ -117,10 +117,6 @@ class Study:
         cells = values.shape[1]
         shuffled = self.once(("ties", cells), lambda: self.samples.permutations(_TIES, cells))
         return both_ends(values, shuffled, lambda: self.once(("tie places", cells), lambda: inverse(shuffled)), most)
-
-    def regions(self, heatmap: Tensor, region: int) -> Tensor:
-        """Sums over regions of `region` x `region` pixels; see `attrbox.metrics.ranking.region_sums`."""
-        return region_sums(heatmap, region)
 
     def cells(self, region: int) -> int:
         """How many regions an image has."""
