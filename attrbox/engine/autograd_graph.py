@@ -4,7 +4,6 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
-from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge
 
 from attrbox.engine.site import GATES, Site
@@ -22,17 +21,6 @@ def node_of(output: Tensor) -> Any:
     return output._base.grad_fn if output._is_view() and output._base is not None else output.grad_fn
 
 
-def custom_functions(ends: Iterable[Tensor]) -> list[str]:
-    """Autograd functions of the model's own (checkpoints too): their insides are out of a function mode's sight."""
-    names = [
-        type(node).__name__ for node in behind(*(end.grad_fn for end in ends)) if isinstance(node, BackwardCFunction)
-    ]
-    return [name.removesuffix("Backward") for name in names if name not in _OWN_FUNCTIONS]
-
-
-_OWN_FUNCTIONS = frozenset({"SiteFunctionBackward", "LinearMapFunctionBackward"})
-
-
 def on_the_way(edges: Sequence[GradientEdge], score: Tensor) -> list[int]:
     """Which of the edges a score comes from, as numbers from 1."""
     found = behind(score.grad_fn)
@@ -47,6 +35,12 @@ def last_on_the_way(edges: Sequence[GradientEdge], scores: Iterable[Tensor], end
     common = set.intersection(*(set(on_the_way(edges, score)) for score in scores))
     inner = {place for place in common if edges[place - 1].node not in ends}
     return max(inner or common, default=len(edges))
+
+
+def last_of(nodes: Mapping[int, Any]) -> list[int]:
+    """The numbers of those nodes from which no other of them follows."""
+    before = behind(*(following for node in nodes.values() for following, _ in node.next_functions))
+    return [number for number, node in nodes.items() if node not in before]
 
 
 def made_into(outputs: Iterable[Tensor]) -> set[Any]:

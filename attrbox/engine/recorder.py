@@ -23,16 +23,18 @@ from torch.autograd.graph import GradientEdge
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
-from attrbox.core.outputs import tensors
+from attrbox.core.outputs import described, tensors
 from attrbox.core.results import Operated
-from attrbox.engine.autograd_graph import custom_functions, mark_gate, node_of
+from attrbox.engine.autograd_graph import last_of, mark_gate, node_of
 from attrbox.engine.calling import is_checkpointing
 from attrbox.engine.feature_maps import CONVOLUTIONS, Follower, Grid
 from attrbox.engine.linear_maps import LinearCalls
 from attrbox.engine.operations.batch_norm import batch_norm_of
 from attrbox.engine.operations.calls import Operation, Parts, argument, flat, is_activation, name_of
 from attrbox.engine.operations.layers import Pairs, layer_of, with_batch_norm
-from attrbox.engine.operations.table import interpret, is_decision, is_linear, parts_of
+from attrbox.engine.operations.spelling import respelled
+from attrbox.engine.operations.table import cuts, interpret, is_linear, parts_of
+from attrbox.engine.passage import Passage
 from attrbox.engine.refusals import batch_statistics, checkpointed, drawn_windows, no_feature_map
 from attrbox.engine.site import ACTIVATIONS, GATES, LAYERS, Site
 from attrbox.engine.site_function import Replaying, SiteFunction
@@ -69,6 +71,7 @@ class Recorder(TorchFunctionMode):
         self._follower = Follower(shape, maps) if layers else None
         self._inside = 0  # of functions that are run part by part
         self.replaying = Replaying()
+        self.passage = Passage()
         self.kept: list[tuple[Tensor, ...] | None] = []  # inputs at the sites, in a reference recording
         self.layer_nodes: list[tuple[Any, bool]] = []  # of convolutions and linear layers; whether these have positions
         self.site_nodes: dict[int, Any] = {}
@@ -108,9 +111,20 @@ class Recorder(TorchFunctionMode):
         return stale
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        function, kwargs = respelled(function, kwargs or {})
+        args, kwargs, unseen = self.passage.arriving(args, kwargs)
+        self.unknown.extend(map(self._here, unseen))
         if function is torch._pack_padded_sequence:  # of lengths that the images have
             self.by_row = True
+        if torch.is_grad_enabled():
+            result = self._run(function, args, kwargs)
+            self.passage.made(result, args)
+        else:
+            result = function(*args, **kwargs)
+            self._note(None, function, args, kwargs, result)
+        return result
+
+    def _run(self, function: Any, args: Any, kwargs: Any) -> Any:
         operation = interpret(function, args, kwargs)
         parts = parts_of(function, args, kwargs) if operation is None else None
         # Fused attention and recurrent kernels have no second derivative; their parts have.
@@ -163,18 +177,9 @@ class Recorder(TorchFunctionMode):
 
     def _site(self, operation: Operation) -> Site:
         here = self._here(operation.kind)
-        site = Site(
-            self._count,
-            operation.kind,
-            here.module,
-            here.call,
-            operation.pure,
-            operation.pull,
-            operation.info,
-            operation.floor,
-            tuple(i.shape for i in operation.inputs),
-            here.repeat,
-        )
+        what = operation.pure, operation.pull, operation.info, operation.floor
+        shapes = tuple(i.shape for i in operation.inputs)
+        site = Site(self._count, operation.kind, here.module, here.call, *what, shapes, here.repeat)
         self._count += 1
         self.records.append(site)
         return site
@@ -212,9 +217,10 @@ class Recorder(TorchFunctionMode):
         return result
 
     def _make_layer(self, layer: Operation) -> Any:
-        layer = _knowing(layer, first=self._last_layer is None)
+        layer = _knowing(layer, first=not self.passage.is_deep(layer.inputs[0]))
         result = self._keep(layer) if self._reference else self._make_site(layer)
         output = _first(result)
+        self.passage.made(result, (), layer=True)
         self._last_layer = (self.records[-1], layer, output, output._version)
         if self._pairs and not self._reference:
             self._pairs.made(output, len(self.records) - 1)
@@ -234,6 +240,7 @@ class Recorder(TorchFunctionMode):
             site = replace(site, function=joined.pure, info=joined.info)
             self.records.append(site)
             result = self._run_site(site, joined)
+            self.passage.made(result, (), layer=True)
             self._pairs.made(_first(result), len(self.records) - 1)
         self._last_layer = (site, joined, _first(result), _first(result)._version)
         return result
@@ -272,7 +279,7 @@ class Recorder(TorchFunctionMode):
                 return
             if self.needs and name_of(function).startswith("fractional_max_pool"):
                 raise drawn_windows(self.running)
-        elif not (isinstance(first, Tensor) and is_decision(function) and args and is_activation(args[0])):
+        elif not cuts(function, first) or not any(map(is_activation, flat((*args, *kwargs.values())))):
             return
         self.unknown.append(self._here(name_of(function)))
 
@@ -288,12 +295,13 @@ class Recorder(TorchFunctionMode):
             OptionError: a wanted layer does not exist, did not run, or has no feature map.
         """
         returned = list(tensors(output))
-        custom = custom_functions(returned)
+        *_, unseen = self.passage.arriving(tuple(returned), {})
+        self.unknown.extend(map(self._here, unseen))
         follower = self._follower
         if None in self.layers and follower is not None:
             if follower.last is not None:
                 self.feature_maps[None], self.grids[None] = follower.last
-            elif "CheckpointFunction" in custom:
+            elif any(operated.operation == "CheckpointFunction" for operated in self.unknown):
                 raise checkpointed()
             else:
                 raise no_feature_map(len(follower.size), follower.convolutions)
@@ -307,19 +315,25 @@ class Recorder(TorchFunctionMode):
         if self._pairs:
             self._pairs.used(returned)
             self._complete_records(self._pairs.found)
-        self.unknown.extend(map(self._here, custom))
+        self.passage.end()
 
     def _complete_records(self, pairs: dict[int, int]) -> None:
-        """Enter what is known at the end only: the last layer, and which layers and activations are pairs."""
+        """Enter what is known at the end only: the last layers, and which layers and activations are pairs."""
         records = self.records
         for layer, activation in pairs.items():
             records[activation] = _knowing(records[activation], layer=records[layer].kind)
             records[layer] = _knowing(records[layer], activation=records[activation])
-        layers = [place for place, site in enumerate(records) if site.kind in LAYERS]
-        for place in layers[-1:]:
-            records[place] = _knowing(records[place], last=True)
+        places = {site.index: place for place, site in enumerate(records) if site.kind in LAYERS}  # the last records
+        for index in last_of({index: self.site_nodes[index] for index in places}):
+            records[places[index]] = _knowing(records[places[index]], last=True)
 
     # ------------------------------------------------------------------------------------------- module names
+
+    def started(self, leaf: Tensor) -> Tensor:
+        """The images that the model gets: a copy, as it may write into it."""
+        images = leaf.clone()
+        self.passage.begin(images)
+        return images
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
@@ -329,6 +343,9 @@ class Recorder(TorchFunctionMode):
         try:
             with self:
                 yield
+        except BaseException:
+            self.passage.end()
+            raise
         finally:
             enter.remove()
             leave.remove()
@@ -351,9 +368,7 @@ class Recorder(TorchFunctionMode):
         self._modules.pop()
         if name and name in self.layers:
             if not isinstance(output, Tensor) or output.dim() < 3:
-                what = (
-                    f"a tensor of shape {list(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
-                )
+                what = described(output)
                 raise OptionError(f"The layer {name!r} must return a feature map [N, C, ...], but returns {what}.")
             if is_activation(output):
                 assert self._follower is not None

@@ -132,7 +132,9 @@ class Tape:
             recorder = Recorder(self.model, self._needs, (), copies, reference=True)
             with torch.enable_grad():  # as for the images: what requires a gradient is an activation
                 # A copy, as for the images: the model may write into it, which autograd forbids with a leaf.
-                output = forward(self.model, reference.detach().requires_grad_().clone(), recorder.watching())
+                leaf = reference.detach().requires_grad_()
+                output = forward(self.model, recorder.started(leaf), recorder.watching())
+            recorder.passage.end()
             if not (stale := recorder.stale()):
                 return recorder, output
             copies |= stale
@@ -212,9 +214,7 @@ def record(
 ) -> Tape:
     """Run `model` on `images` once, so that it can be replayed under each of `rules`.
 
-    Without rules and layers nothing is intercepted and the forward pass is the native one. The model's parameters
-    should not require gradients meanwhile (`attrbox.core.model_state.untouched`): what requires one is taken for an
-    activation.
+    Without rules and layers nothing is intercepted and the forward pass is the native one.
 
     Args:
         model: the model, which gets a copy of the images, so that it may write into it.
@@ -239,9 +239,10 @@ def record(
     copies: frozenset[int] = frozenset()
     while True:
         recorder = Recorder(model, needs, layers, copies, twice=twice, shape=images.shape, maps=maps)
-        output = forward(model, leaf.clone(), recorder.watching())
+        output = forward(model, recorder.started(leaf), recorder.watching())
         if not (stale := recorder.stale()):
             break
+        recorder.passage.end()
         copies |= stale
     recorder.finish(output)
     return Tape(model, leaf, output, recorder)

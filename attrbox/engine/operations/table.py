@@ -2,11 +2,13 @@
 
 Every spelling of an operation is one entry: functional, method, in place; modules end up in one of these. A function in
 the table is a site, or is made of sites. Of all others, `is_linear` tells whether they pass differences on unchanged in
-form, and so need no rule, and `is_decision` whether they hide a dependence from autograd altogether. The coverage names
+form, and so need no rule, and `cuts` whether they hide a dependence from autograd altogether. The coverage names
 what is neither known nor linear.
 """
 
 from typing import Any
+
+from torch import Tensor
 
 from attrbox.engine.operations import elementwise, products, reductions
 from attrbox.engine.operations.calls import Function, Operation, Parts, Reader, argument, flat, is_activation, name_of
@@ -33,20 +35,25 @@ _LINEAR = frozenset(
     split_with_sizes pack_padded_sequence pad_packed_sequence pad_sequence unbind view reshape view_as reshape_as
     flatten unflatten ravel squeeze unsqueeze transpose permute movedim moveaxis swapaxes swapdims t T mT H
     contiguous expand expand_as broadcast_to repeat repeat_interleave tile flip fliplr flipud roll rot90 narrow
-    select index_select getitem setitem gather take_along_dim masked_select diagonal diag tril triu clone to float
+    select index_select getitem view_as_real view_as_complex conj resolve_conj resolve_neg
+    fft_fft fft_fft2 fft_fftn fft_ifft fft_ifft2 fft_ifftn fft_rfft fft_rfft2 fft_rfftn fft_irfft fft_irfft2 fft_irfftn
+    fft_hfft fft_ihfft fft_fftshift fft_ifftshift
+    setitem gather take_along_dim masked_select diagonal diag tril triu clone to float
     double half bfloat16 type type_as cpu cuda alias requires_grad copy real imag fill zero masked_fill index_add
     index_copy scatter scatter_add where as_strided unsafe_chunk unsafe_split
     """.split()
 )
 
 
-# Their results carry no gradient, yet the output depends on them: x * (x > 0) is a ReLU that no engine can see.
-_DECISIONS = frozenset(
+# Functions whose results do not change with an activation's values, or not as long as these are finite.
+_INDEPENDENT = frozenset(
     """
-    gt lt ge le eq ne greater less greater_equal less_equal sign sgn floor ceil round trunc argmax argmin argsort
-    detach item tolist heaviside bucketize
+    empty_like zeros_like ones_like full_like rand_like randn_like randint_like new_empty new_zeros new_ones new_full
+    new_tensor isnan isinf isfinite is_nonzero shape size stride storage_offset grad
     """.split()
 )
+# Conversions to numbers of Python.
+_CONVERSIONS = frozenset("item tolist float int index bool complex numpy array".split())
 _DROPOUT = frozenset(
     """
     dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout feature_dropout
@@ -82,6 +89,12 @@ def is_linear(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any])
     return False
 
 
-def is_decision(function: Function) -> bool:
-    """Whether an operation cuts the gradient although the output may depend on its result."""
-    return name_of(function) in _DECISIONS
+def cuts(function: Function, result: Any) -> bool:
+    """Whether a call that took an activation cuts the gradient, although the output may depend on its result.
+
+    x * (x > 0) is a ReLU that no engine can see; so is what `detach`, `item` or `torch.no_grad` hand on.
+    """
+    name = name_of(function)
+    if isinstance(result, Tensor):
+        return name not in _INDEPENDENT
+    return name in _CONVERSIONS
