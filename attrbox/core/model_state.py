@@ -118,9 +118,13 @@ def untouched(model: nn.Module, half: bool = False) -> Iterator[nn.Module]:
         ]
         half = half or any(tensor.dtype in HALF for tensor in (*model.parameters(), *model.buffers()))
         devices = {tensor.device.index for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda}
+        fast = (
+            torch.backends.mha.get_fastpath_enabled()
+        )  # without gradients only, with other scores where tokens are masked
         random_states = torch.random.fork_rng(devices=sorted(devices)), _same_random_states(model)
         with torch.inference_mode(False), torch.enable_grad(), random_states[0], random_states[1]:
             try:
+                torch.backends.mha.set_fastpath_enabled(False)
                 for module, _ in modes:
                     module.training = False  # not module.eval(): a user's override of train() may have side effects
                 for parameter, _ in flags:
@@ -128,6 +132,7 @@ def untouched(model: nn.Module, half: bool = False) -> Iterator[nn.Module]:
                 with widened(model) if half and not isinstance(model, BlackBox) else contextlib.nullcontext():
                     yield model
             finally:
+                torch.backends.mha.set_fastpath_enabled(fast)
                 for module, training in modes:
                     module.training = training
                 for parameter, requires_grad in flags:

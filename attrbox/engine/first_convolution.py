@@ -71,12 +71,17 @@ def stem_of(output: Tensor, images: Tensor) -> Stem | None:
             case "CloneBackward0":
                 continue
             case "ConstantPadNdBackward0":
-                paddings.insert(0, list(cast(Any, node)._saved_pad))
+                paddings.insert(0, [_signed(width) for width in cast(Any, node)._saved_pad])
             case "ConvolutionBackward0" if not cast(Any, node)._saved_transposed:
                 return Stem(GradientEdge(node, 0), node, tuple(paddings), images.shape[1:])
             case _:
                 return None
     return None
+
+
+def _signed(width: int) -> int:
+    """A width of padding, which autograd tells without its sign: a negative one crops."""
+    return width - 2**64 if width >= 2**63 else width
 
 
 def _users(output: Tensor, images: Tensor) -> tuple[dict[Any, list[Any]], Any]:

@@ -26,6 +26,9 @@ from attrbox.engine.operations.calls import argument, flat
 
 T = TypeVar("T")
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# A model that asks for these may hook onto a gradient.
+_OF_GRADIENTS = frozenset({vars(torch._C.TensorBase)[name].__get__ for name in ("requires_grad", "grad_fn")})
 _CONVOLUTIONS = frozenset({torch.conv1d, torch.conv2d, torch.conv3d})
 
 
@@ -45,8 +48,8 @@ class Folding:
         modules = list(model.modules())
         if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in modules):
             return None
-        if any(module._forward_hooks or module._forward_pre_hooks for module in modules):
-            return None  # a hook may look at a convolution's output
+        if any(getattr(module, hooks) for module in modules for hooks in _HOOKS):
+            return None  # a hook may look at a convolution's output, or at its gradient
         watching = _Watching(frozenset(id(tensor) for tensor in (*model.parameters(), *model.buffers())))
         with torch.no_grad(), watching:
             model(images.clone())
@@ -167,6 +170,6 @@ class _Running(TorchFunctionMode):
             result = stand_in
         else:
             result = function(*args, **kwargs)
-        if used and any(isinstance(value, Tensor) for value in flat((result,))):
+        if used and (function in _OF_GRADIENTS or any(isinstance(value, Tensor) for value in flat((result,)))):
             raise Unfolded
         return result

@@ -232,8 +232,8 @@ class Recorder(TorchFunctionMode):
             return None
         site, layer, output, version = self._last_layer
         joined = with_batch_norm(layer, output, function, args, kwargs)
-        if joined is None or output._version != version:  # written over in between
-            return None
+        if joined is None or output._version != version or output._backward_hooks:
+            return None  # written over in between, or its gradient is looked at
         if self._reference:
             result = function(*args, **kwargs)
         else:

@@ -112,6 +112,10 @@ def writes_in_place(
 def alone(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any, Any] | None:
     """`split`, if the input is the only activation of the call."""
     input, rest, kwargs = split(args, kwargs)
-    if not is_activation(input) or any(is_activation(value) for value in (*rest, *kwargs.values())):
+    if (
+        not is_activation(input)
+        or input.is_complex()
+        or any(is_activation(value) for value in (*rest, *kwargs.values()))
+    ):
         return None
     return input, rest, kwargs

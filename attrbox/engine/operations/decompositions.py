@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attrbox.engine.operations.calls import Function, Parts, argument
+from attrbox.engine.operations.calls import Function, Parts, argument, is_activation
 from attrbox.engine.operations.dependent import DEPENDENT
 from attrbox.engine.operations.elementwise import root, spellings
 from attrbox.engine.operations.recurrent import gru_cell, lstm_cell, recurrent, rnn_cell
@@ -42,7 +42,7 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """softmax(scale Q K^T + mask) V."""
+    """softmax(scale Q K^T + mask) V; weights of 0 where all is masked."""
     if enable_gqa:
         key, value = (t.repeat_interleave(query.size(-3) // t.size(-3), -3) for t in (key, value))
     scores = (query * (1 / math.sqrt(query.size(-1)) if scale is None else scale)) @ key.transpose(-2, -1)
@@ -50,7 +50,12 @@ def _attention(
         attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     if attn_mask is not None:
         scores = scores.masked_fill(~attn_mask, -math.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
-    weights = scores.softmax(-1)
+    if attn_mask is None or is_activation(attn_mask):
+        weights = scores.softmax(-1)
+    else:
+        open_keys = attn_mask if attn_mask.dtype == torch.bool else attn_mask != -math.inf
+        shut = ~open_keys.any(-1, keepdim=True)
+        weights = scores.masked_fill(shut, 0).softmax(-1).masked_fill(shut, 0)
     return (F.dropout(weights, dropout_p) if dropout_p else weights) @ value
 
 
@@ -109,6 +114,15 @@ def _along(sign: int) -> Function:
 
 def _has_axis(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return type(argument(args, kwargs, 1, "dim", None)) is int
+
+
+def _is_complex(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    return bool(argument(args, kwargs, 0, "input", None).is_complex())
+
+
+def _magnitude(input: Tensor) -> Tensor:
+    magnitude: Tensor = torch.linalg.vector_norm(torch.view_as_real(input), dim=-1)
+    return magnitude
 
 
 def _variance(
@@ -176,6 +190,7 @@ def _table() -> dict[Function, Parts]:
     enter("max_pool", _smallest, *spellings("amin"))
     enter("max_pool", _along(1), *spellings("max"), accepts=_has_axis)
     enter("max_pool", _along(-1), *spellings("min"), accepts=_has_axis)
+    enter("vector_norm", _magnitude, *spellings("abs", "absolute"), accepts=_is_complex)
     enter("power", _variance, *spellings("var"))
     enter("power", _deviation, *spellings("std"))
     enter("product", _cumulative_product, *spellings("cumprod"))

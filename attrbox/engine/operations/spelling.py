@@ -10,6 +10,7 @@ from attrbox.engine.operations.calls import Function
 
 # numpy's names of arguments, which torch's compiled functions take too.
 _ARGUMENTS = {"axis": "dim", "keepdims": "keepdim", "x": "input", "x1": "input", "x2": "other"}
+_DISTANCES = ("cosine_similarity", "pairwise_distance", "cdist")  # their own names are x1 and x2
 _COMPILED = (type(torch.relu), type(Tensor.relu), type(Tensor.__add__))
 
 
@@ -17,7 +18,7 @@ def respelled(function: Function, kwargs: dict[str, Any]) -> tuple[Function, dic
     """The same call by the names of torch: `torch.ops.aten.relu` is `torch.relu`, and `axis=1` is `dim=1`."""
     if isinstance(function, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
         function = _ATEN.get(_schema_name(function), function)
-    elif kwargs and isinstance(function, _COMPILED) and not kwargs.keys().isdisjoint(_ARGUMENTS):
+    elif kwargs and isinstance(function, _COMPILED) and function.__name__ not in _DISTANCES:
         kwargs = {_ARGUMENTS.get(name, name): value for name, value in kwargs.items()}
     return function, kwargs
 
