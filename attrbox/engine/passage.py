@@ -14,8 +14,8 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 
 from attrbox.engine.operations.calls import flat
 
@@ -39,13 +39,14 @@ class Passage:
             tensor.requires_grad_()
         self.__init__()  # type: ignore[misc]
 
-    def arriving(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any, list[str]]:
+    def arriving(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any, dict[str, bool]]:
         """Look at the arguments of a call.
 
         Returns:
-            The arguments, without gradients where they are constants, and the names of what made them unseen.
+            The arguments, without gradients where they are constants, and the names of what made them unseen; of each
+            name, whether it is an autograd function of the model's own.
         """
-        unseen: list[str] = []
+        unseen: dict[str, bool] = {}
         constants = False
         for value in flat((*args, *kwargs.values())):
             if isinstance(value, Tensor) and value.requires_grad:
@@ -58,7 +59,7 @@ class Passage:
                     found, reached, deep = self._explore(node)
                     if reached:
                         self._deep.update(dict.fromkeys(found, deep))
-                        unseen.extend(_named(found))
+                        unseen |= _named(found)
                     else:
                         self._constant.update(found)
                         constants = True
@@ -116,14 +117,15 @@ _HARMLESS = re.compile(
 )
 
 
-def _named(nodes: Iterable[Any]) -> list[str]:
-    """What made activations unseen, without what is linear whatever its inputs."""
-    names = [_name(node) for node in nodes if not _HARMLESS.match(type(node).__name__)]
-    return list(dict.fromkeys(names))
+def _named(nodes: Iterable[Any]) -> dict[str, bool]:
+    """What made activations unseen, without what is linear whatever its inputs; of each, whether it is a function of
+    the model's own."""
+    makers = [node for node in nodes if not _HARMLESS.match(type(node).__name__)]
+    return {_name(node): isinstance(node, BackwardCFunction) for node in makers}
 
 
 def _name(node: Any) -> str:
-    if isinstance(node, torch.autograd.function.BackwardCFunction):
+    if isinstance(node, BackwardCFunction):
         return type(node).__name__.removesuffix("Backward")  # as the model's author calls it
     name = re.sub(r"Backward\d*$", "", type(node).__name__)
     return "scripted function" if name == "DifferentiableGraph" else re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()

@@ -38,5 +38,5 @@ class _Finder(Recorder):
     def _compare(self, name: str) -> None:
         states = random_states(*self._drawn_from)
         if states != self._last:
-            self.found.append(self._here(name))
+            self.found.append(self._modules.here(name))
             self._last = states

@@ -11,8 +11,6 @@ is recorded again with that activation copied.
 """
 
 import contextlib
-import threading
-from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -36,6 +34,7 @@ from attrbox.engine.operations.spelling import respelled
 from attrbox.engine.operations.table import cuts, interpret, is_linear, parts_of
 from attrbox.engine.passage import Passage
 from attrbox.engine.refusals import batch_statistics, checkpointed, drawn_windows, no_feature_map
+from attrbox.engine.running_modules import RunningModules
 from attrbox.engine.site import ACTIVATIONS, GATES, LAYERS, Site
 from attrbox.engine.site_function import Replaying, SiteFunction
 from attrbox.errors import ModelError, OptionError, near_miss
@@ -65,6 +64,7 @@ class Recorder(TorchFunctionMode):
         self.layers = layers
         self.passed: list[Operated] = []
         self.unknown: list[Operated] = []
+        self._ungraded: list[Operated] = []  # what ran without gradients since the last operation with them
         self.needs = needs
         self.feature_maps: dict[str | None, Tensor] = {}
         self.grids: dict[str | None, Grid] = {}
@@ -84,11 +84,7 @@ class Recorder(TorchFunctionMode):
         self._copies = copies
         self._reference = reference
         self._versions: list[tuple[int, Tensor, int]] = []  # what must not be written over: site, tensor, version
-        self._modules: list[tuple[str, int]] = [("", 0)]
-        self._names = {id(module): name for name, module in model.named_modules()}
-        self._calls: Counter[str] = Counter()
-        self._operations: Counter[tuple[str, str, int]] = Counter()  # how many ran so far: what, module, call
-        self._thread = threading.get_ident()
+        self._modules = RunningModules(model)
 
     @property
     def records(self) -> list[Site]:
@@ -112,17 +108,32 @@ class Recorder(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         function, kwargs = respelled(function, kwargs or {})
-        args, kwargs, unseen = self.passage.arriving(args, kwargs)
-        self.unknown.extend(map(self._here, unseen))
+        args, kwargs = self._arriving(args, kwargs)
         if function is torch._pack_padded_sequence:  # of lengths that the images have
             self.by_row = True
         if torch.is_grad_enabled():
             result = self._run(function, args, kwargs)
             self.passage.made(result, args)
         else:
+            before = len(self.unknown)
             result = function(*args, **kwargs)
             self._note(None, function, args, kwargs, result)
+            self._ungraded.extend(self.unknown[before:])
+            del self.unknown[before:]
         return result
+
+    def _arriving(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """Arguments without gradients where they are constants; what went past the recorder since is noted.
+
+        What ran without gradients is noted too, unless inside of an autograd function, which is noted as a whole.
+        """
+        args, kwargs, unseen = self.passage.arriving(args, kwargs)
+        if torch.is_grad_enabled():
+            if not any(unseen.values()):
+                self.unknown.extend(self._ungraded)
+            self._ungraded.clear()
+        self.unknown.extend(map(self._modules.here, unseen))
+        return args, kwargs
 
     def _run(self, function: Any, args: Any, kwargs: Any) -> Any:
         operation = interpret(function, args, kwargs)
@@ -176,19 +187,13 @@ class Recorder(TorchFunctionMode):
             self._follower.see(name_of(function), first)
 
     def _site(self, operation: Operation) -> Site:
-        here = self._here(operation.kind)
+        here = self._modules.here(operation.kind)
         what = operation.pure, operation.pull, operation.info, operation.floor
         shapes = tuple(i.shape for i in operation.inputs)
         site = Site(self._count, operation.kind, here.module, here.call, *what, shapes, here.repeat)
         self._count += 1
         self.records.append(site)
         return site
-
-    def _here(self, operation: str) -> Operated:
-        """An operation that runs now, numbered within the running module's call."""
-        key = (operation, *self._modules[-1])
-        self._operations[key] += 1
-        return Operated(*key, self._operations[key] - 1)
 
     def _make_site(self, operation: Operation) -> Any:
         if is_checkpointing():
@@ -266,22 +271,22 @@ class Recorder(TorchFunctionMode):
         """Remember an operation that no rule touches, if it is not linear."""
         first = _first(result)
         if isinstance(known, Operation):
-            self.passed.append(self._here(known.kind))
+            self.passed.append(self._modules.here(known.kind))
             return
         if is_activation(first):
             norm = batch_norm_of(function, args, kwargs)
             if norm is not None and norm.trains and self.needs:
-                raise batch_statistics(self.running)
+                raise batch_statistics(self._modules.current)
             if is_linear(function, args, kwargs) or (norm is not None and norm.linear):
                 return
             if known is not None:
-                self.passed.append(self._here(known.kind))
+                self.passed.append(self._modules.here(known.kind))
                 return
             if self.needs and name_of(function).startswith("fractional_max_pool"):
-                raise drawn_windows(self.running)
+                raise drawn_windows(self._modules.current)
         elif not cuts(function, first) or not any(map(is_activation, flat((*args, *kwargs.values())))):
             return
-        self.unknown.append(self._here(name_of(function)))
+        self.unknown.append(self._modules.here(name_of(function)))
 
     @property
     def map_edges(self) -> list[GradientEdge]:
@@ -295,8 +300,7 @@ class Recorder(TorchFunctionMode):
             OptionError: a wanted layer does not exist, did not run, or has no feature map.
         """
         returned = list(tensors(output))
-        *_, unseen = self.passage.arriving(tuple(returned), {})
-        self.unknown.extend(map(self._here, unseen))
+        self._arriving(tuple(returned), {})
         follower = self._follower
         if None in self.layers and follower is not None:
             if follower.last is not None:
@@ -308,7 +312,7 @@ class Recorder(TorchFunctionMode):
         for layer in self.layers:
             if layer is None or layer in self.feature_maps:
                 continue
-            near = [name for name in self._names.values() if name]
+            near = [name for name in self._modules.names.values() if name]
             if layer not in near:
                 raise OptionError(f"The model has no layer {layer!r}. {near_miss(layer, near)}")
             raise OptionError(f"The layer {layer!r} did not run, or its output depends not on the images.")
@@ -338,7 +342,7 @@ class Recorder(TorchFunctionMode):
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
         """Intercept operations and follow which module is running; global hooks, gone again on exit."""
-        enter = register_module_forward_pre_hook(self._enter_module)
+        enter = register_module_forward_pre_hook(lambda module, args: self._modules.enter(module))
         leave = register_module_forward_hook(self._leave_module, always_call=True)
         try:
             with self:
@@ -350,22 +354,9 @@ class Recorder(TorchFunctionMode):
             enter.remove()
             leave.remove()
 
-    def _name(self, module: nn.Module) -> str | None:
-        return self._names.get(id(module)) if threading.get_ident() == self._thread else None
-
-    def _enter_module(self, module: nn.Module, args: Any) -> None:
-        del args
-        name = self._name(module)
-        if name is not None:
-            self._modules.append((name, self._calls[name]))
-            self._calls[name] += 1
-
     def _leave_module(self, module: nn.Module, args: Any, output: Any) -> Any:
         del args
-        name = self._name(module)
-        if name is None:
-            return None
-        self._modules.pop()
+        name = self._modules.leave(module)
         if name and name in self.layers:
             if not isinstance(output, Tensor) or output.dim() < 3:
                 what = described(output)
@@ -377,11 +368,6 @@ class Recorder(TorchFunctionMode):
                 # The model goes on with a copy: an in-place ReLU behind a convolution must not change the map.
                 return output.clone()
         return None
-
-    @property
-    def running(self) -> str:
-        """The module that is running, or that raised."""
-        return self._modules[-1][0]
 
 
 def _knowing(record: R, **more: Any) -> R:
