@@ -40,6 +40,7 @@ class Study:
         maps: label -> maps of these images.
         rows: which of the call's samples these are.
         seeds: the random streams of these images, one each.
+        seed: for what is drawn once for all images: that of the call, or 0 if each image has its own.
         target: what is explained.
         model: in evaluation mode; None if no metric asks for it.
         indices: class indices [n, 1]; None for a target function, or if nobody knows the classes.
@@ -64,6 +65,7 @@ class Study:
     batch_size: int | None = None
     channels_last: bool = True
     progress: Callable[[int], None] = lambda images: None
+    seed: int = 0
     once: Once = field(default_factory=Once, repr=False)
     samples: Samples = field(init=False, repr=False)
 

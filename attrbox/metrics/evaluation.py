@@ -109,6 +109,7 @@ def evaluate(
         metrics={label: metric for label, (_, metric) in chosen.items()},
         target=_target(target, sources, len(images)),
         seeds=streams(seed, len(images)),
+        seed=seed if isinstance(seed, int) else 0,
         masks=_masks(masks, images),
         batch_size=batch_size,
         channels_last=channels_last,
@@ -181,6 +182,7 @@ class _Plan:
     metrics: Mapping[str, Metric]
     target: Target
     seeds: Sequence[int]
+    seed: int
     masks: Sequence[Tensor] | None
     batch_size: int | None
     channels_last: bool
@@ -246,6 +248,7 @@ class _Plan:
             maps=maps,
             rows=rows,
             seeds=seeds,
+            seed=self.seed,
             target=self.target,
             model=model,
             indices=indices if model is None else None,

@@ -153,9 +153,10 @@ def explain(
 
     loaded, batch, result = _run(images, model, weights, methods, target, device, seed, batch_size, precision)
     photographs, titles = loaded.photographs(batch.values), _titles(loaded, result)
+    files = _file_names(list(result))
     for label, maps in result.items():
         for name, title, photograph, heatmap in zip(batch.names, titles, photographs, maps.heatmap(), strict=True):
-            path = out / name / f"{re.sub(r'[^-A-Za-z0-9_.,=() ]', '_', label)}.png"
+            path = out / name / f"{files[label]}.png"
             plot_map(photograph, heatmap, path, title=f"{label}: {' '.join(title.split())}")
             say(str(path))
 
@@ -243,6 +244,19 @@ def _titles(loaded: "LoadedModel", result: "Comparison") -> list[str]:
         for row, (seen, index) in enumerate(zip(classes, explained.tolist(), strict=True)):
             titles[row] += "" if seen == index else f"\nexplained: {loaded.class_name(index)}"
     return titles
+
+
+def _file_names(labels: list[str]) -> dict[str, str]:
+    """A file's name for each label, different also where a file system does not tell case."""
+    names: dict[str, str] = {}
+    for label in labels:
+        name = stem = re.sub(r"[^-A-Za-z0-9_.,=() ]", "_", label)
+        number = 1
+        while name.lower() in {taken.lower() for taken in names.values()}:
+            number += 1
+            name = f"{stem} #{number}"
+        names[label] = name
+    return names
 
 
 def _write(path: Path, text: str) -> None:

@@ -54,7 +54,7 @@ class Shard:
             OptionError: the text has another form.
         """
         index, slash, count = text.partition("/")
-        if not (slash and index.isdigit() and count.isdigit()):
+        if not (slash and index.isdecimal() and count.isdecimal()):
             raise OptionError(f"Expected a shard as K/N, the first of eight as 1/8, got {shown(text)}.")
         return cls(int(index) - 1, int(count))
 

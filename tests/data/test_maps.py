@@ -240,3 +240,37 @@ def test_what_does_not_belong_together_is_refused(tmp_path, path):
         with pytest.raises(OptionError, match="parts"):
             attrbox.split(path, parts)
     assert not new.exists()
+
+
+@pytest.mark.parametrize("by", ["export", "to_hdf5"])
+@pytest.mark.parametrize(
+    ("first", "second", "told"),
+    [
+        ({"target": [0, 0, 0]}, {"target": [1, 2, 3]}, "targets"),
+        ({"target": 0}, {"target": 1}, "target"),
+        ({"target": 0}, {"target": lambda out: out[:, 1]}, "target"),
+        ({"target": 0, "shift": 1.0}, {"target": 0}, "scores"),
+        ({"target": [0, 1, 2]}, {"target": [0, 1, 2]}, None),
+    ],
+)
+def test_methods_of_the_same_samples_are_merged_and_those_of_others_refused(tmp_path, by, first, second, told):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(144, 5))
+    images = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    for method, call in (("saliency", first), ("gradient_x_input", second)):
+        shifted = images + call.get("shift", 0.0)
+        target = call["target"]
+        if by == "export":
+            attrbox.export(model.eval(), shifted, tmp_path / f"{method}.h5", [method], target=target, progress=False)
+        else:
+            result = attrbox.compare(model.eval(), shifted, [method], target=target, progress=False)
+            result.to_hdf5(tmp_path / f"{method}.h5")
+    files = [tmp_path / "saliency.h5", tmp_path / "gradient_x_input.h5"]
+    if told is None:
+        attrbox.merge(files, tmp_path / "all.h5")
+        with attrbox.open_maps(tmp_path / "all.h5") as maps:
+            assert list(maps) == ["saliency", "gradient_x_input"]
+    else:
+        with pytest.raises(InputError, match=f"do not belong together.*{told}"):
+            attrbox.merge(files, tmp_path / "all.h5")
+        assert not (tmp_path / "all.h5").exists()

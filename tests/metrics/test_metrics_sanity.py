@@ -410,3 +410,18 @@ def test_sparseness_and_complexity_closed_forms():
     assert scores["complexity"].values[:3].tolist() == pytest.approx([0, math.log(4), entropy])
     for score in scores.values():
         assert score.left_out.tolist() == [False, False, False, True]
+
+
+@pytest.mark.parametrize("metric", ["cascading_randomization", "independent_randomization"])
+@pytest.mark.parametrize("seed", [0, 7, [5, 6, 7]])
+def test_all_images_are_compared_with_the_same_random_models(metric, seed):
+    model = relu_net()
+    whole = attrbox.compare(model, X, ["saliency"], target=1, progress=False)
+    wanted = attrbox.evaluate(model, X, whole, [metric], seed=seed, progress=False)["saliency"][metric].values
+    small = attrbox.evaluate(model, X, whole, [metric], seed=seed, batch_size=1, progress=False)["saliency"][metric]
+    torch.testing.assert_close(small.values, wanted)
+    for row in range(3):
+        alone = attrbox.compare(model, X[row : row + 1], ["saliency"], target=1, progress=False)
+        own = seed if isinstance(seed, int) else seed[row : row + 1]
+        found = attrbox.evaluate(model, X[row : row + 1], alone, [metric], seed=own, progress=False)
+        torch.testing.assert_close(found["saliency"][metric].values, wanted[row : row + 1])

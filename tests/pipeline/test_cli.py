@@ -82,6 +82,16 @@ def test_explain_writes_one_picture_per_image_and_method(pictures: Path, tmp_pat
     assert len(result.output.splitlines()) == len(written)
 
 
+def test_explain_writes_a_picture_for_each_of_methods_that_are_called_alike(pictures: Path, tmp_path: Path) -> None:
+    methods = ["learned:modules=?,iterations=1", "learned:modules=*,iterations=1", "learned:iterations=1"]
+    options = [part for method in methods for part in ("-m", method)]
+    result = run("explain", pictures, "--model", TINY, *options, "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    folders = list((tmp_path / "out").iterdir())
+    assert folders
+    assert all(len(list(folder.iterdir())) == 3 for folder in folders)
+
+
 def test_explain_stays_in_its_folder_and_names_drive_no_terminal(pictures: Path, tmp_path: Path) -> None:
     shutil.copy(pictures / "red.png", pictures / "...png")
     shutil.copy(pictures / "red.png", pictures / "a\x1b[31m'\"<b>.png")

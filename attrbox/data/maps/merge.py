@@ -82,11 +82,8 @@ def merge(paths: Iterable[str | Path], path: str | Path, *, virtual: bool = Fals
         for other in parts[1:]:
             _check_settings(first, other)
         if len(parts) > 1 and all(other.ids == first.ids for other in parts):
-            for other in (part for part in parts if part.seeds != first.seeds):
-                raise InputError(
-                    f"{str(first.path)!r} and {str(other.path)!r} do not belong together: their samples had other "
-                    "random numbers."
-                )
+            for other in parts[1:]:
+                _check_samples(first, other)
             return _united(parts, path, virtual, overwrite)
         _check_parts(parts)
         return _concatenated([(part, np.arange(part.samples)) for part in parts], path, virtual, overwrite)
@@ -131,6 +128,33 @@ def _made(maps: MapsFile) -> dict[str, Any]:
 def _of_each_sample(name: str, value: object) -> bool:
     """Whether a setting is a tensor with a row for each sample."""
     return name in ("target", "seed") and isinstance(value, dict) and "sha256" in value
+
+
+def _check_samples(first: MapsFile, other: MapsFile) -> None:
+    """Refuse files whose samples have the same ids but are not the same, or are not explained alike."""
+    differs = ["random numbers"] if other.seeds != first.seeds else []
+    for column, words in _TOLD.items():
+        one, two = (part.file.get(f"samples/{column}") for part in (first, other))
+        if one is None or two is None:
+            continue
+        here, there = one[...], two[...]
+        if here.shape != there.shape:
+            differs.append(words)
+        elif here.dtype.kind == "f":
+            known = np.isfinite(here) & np.isfinite(there)
+            differs += [words] if not np.allclose(here[known], there[known], rtol=1e-2, atol=1e-4) else []
+        else:
+            known = (here != one.fillvalue) & (there != two.fillvalue)
+            differs += [words] if (here[known] != there[known]).any() else []
+    if differs:
+        raise InputError(
+            f"{str(first.path)!r} and {str(other.path)!r} do not belong together: samples of the same ids have other "
+            f"{' and other '.join(differs)}. Give samples ids of their own, or export the methods with the same target."
+        )
+
+
+# What a sample is, and what is explained of it: column -> in words.
+_TOLD = {"pixels_sha256": "pixels", "target": "targets", "score": "scores"}
 
 
 def _short(value: object) -> str:

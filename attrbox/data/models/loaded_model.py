@@ -1,6 +1,7 @@
 """A classifier with the preprocessing and the class names that belong to it."""
 
 import dataclasses
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
@@ -79,7 +80,7 @@ class LoadedModel:
         Raises:
             UnknownNameError: no class has that name, or several do.
         """
-        if name.lstrip("-").isdigit():
+        if re.fullmatch(r"-?[0-9]+", name):
             return int(name)
         return ClassNames(self.categories).index(name)
 

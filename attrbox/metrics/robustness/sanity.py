@@ -88,7 +88,7 @@ class ParameterRandomization(Randomization):
     def measure(self, study: Study, outputs: Sequence[Tensor]) -> Mapping[str, Measurement]:
         assert study.model is not None
         shares, stages = [0.0], [self.alike(study, study.maps)]
-        seed = study.seeds[0]
+        seed = study.seed  # of the call, so that all chunks compare with the same models
         for share, model in randomized(
             study.model, study.images[:1], steps=self.steps, cascading=self.cascading, seed=seed
         ):

@@ -73,7 +73,7 @@ def export(
         "output.dtype": dtype,
         "output.compression": compression,
         "output.channels": channels,
-        "run.target": int(target) if target and target.lstrip("-").isdigit() else target,
+        "run.target": int(target) if target and target.removeprefix("-").isdecimal() else target,
         "run.device": device,
         "run.seed": seed,
         "run.precision": precision,
