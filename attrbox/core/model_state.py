@@ -173,6 +173,19 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.is_floating_point() and tensor.element_size() < 4 else tensor
 
 
+@contextlib.contextmanager
+def surroundings(images: object) -> Iterator[torch.dtype | None]:
+    """Leave the caller's torch.inference_mode and torch.autocast; gives the dtype of an autocast on the images' device.
+
+    Within, mixed precision is what attrbox chooses for each pass.
+    """
+    device = images.device if isinstance(images, Tensor) else torch.device("cpu")
+    autocast = autocasting(device)
+    off = torch.autocast(device.type, enabled=False) if autocast else contextlib.nullcontext()
+    with torch.inference_mode(False), off:
+        yield autocast
+
+
 def autocasting(device: torch.device) -> torch.dtype | None:
     """The dtype of automatic mixed precision on a device, where it is on."""
     on = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)

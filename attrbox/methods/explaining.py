@@ -43,6 +43,7 @@ def explain(
             the chunk.
         batch_size: images per forward pass; default: by memory, and halved when memory runs out.
         precision: `torch.bfloat16` or `torch.float16` for automatic mixed precision; for a model in half precision too.
+            A `torch.autocast` around the call counts as this.
             As the range of float16 holds no relevance, only passes over paths, noise and masks are in float16.
         channels_last: run many-pass methods on [N, C, H, W] images in this memory format, which is faster; results
             differ by rounding.

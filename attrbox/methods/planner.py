@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from attrbox.core.memory import backing_off, images_per_pass
-from attrbox.core.model_state import HALF, check_model, drawing, untouched
+from attrbox.core.model_state import HALF, check_model, drawing, surroundings, untouched
 from attrbox.core.progress import passing_bar
 from attrbox.core.random_streams import streams
 from attrbox.core.results import Attribution, Coverage, Provenance
@@ -64,11 +64,13 @@ class Call:
 
 def run_methods(given: object, images: Tensor, chosen: Chosen, call: Call) -> Comparison:
     """The maps of the chosen methods, with checks of the model, the images and the target."""
-    with torch.inference_mode(False):
-        return _run_outside_of_inference_mode(given, images, chosen, call)
+    with surroundings(images) as autocast:
+        if call.precision is None and autocast in (torch.bfloat16, torch.float16):
+            call = replace(call, precision=autocast)
+        return _run_undisturbed(given, images, chosen, call)
 
 
-def _run_outside_of_inference_mode(given: object, images: Tensor, chosen: Chosen, call: Call) -> Comparison:
+def _run_undisturbed(given: object, images: Tensor, chosen: Chosen, call: Call) -> Comparison:
     differentiating = [label for label, (_, method) in chosen.items() if method.needs_gradients]
     dtype = getattr(images, "dtype", None)
     model = check_model(given, differentiating, dtype)

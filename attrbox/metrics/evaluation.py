@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from attrbox.core.memory import images_per_pass
-from attrbox.core.model_state import HALF, check_model, untouched
+from attrbox.core.model_state import HALF, check_model, surroundings, untouched
 from attrbox.core.options import choose
 from attrbox.core.progress import passing_bar
 from attrbox.core.random_streams import streams
@@ -215,7 +215,7 @@ class _Plan:
         measured = []
         guard = contextlib.nullcontext() if model is None else untouched(model, self.half)
         with (
-            torch.inference_mode(False),
+            surroundings(self.images),
             guard,
             torch.no_grad(),
             passing_bar("evaluation", None, "image", self.progress) as bar,

@@ -367,3 +367,40 @@ def test_a_freed_tensor_is_another_one() -> None:
 )
 def test_what_writes_into_its_first_argument_keeps_it(name: str, writes: bool) -> None:
     assert _writes(name) == writes
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if not name.endswith("rollout")])
+def test_an_autocast_around_the_call_counts_as_its_precision(method):
+    model = seeded(lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), Mean())).float()
+    x = images(2, 3, 8, 8).float()
+    options = {"target": 1, "progress": False} | FAST.get(method, {})
+    wanted = attrbox.explain(model, x, method, precision=torch.bfloat16, **options)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = attrbox.explain(model, x, method, **options)
+        assert torch.is_autocast_enabled("cpu")
+    assert found.values.dtype == torch.float32
+    assert found.provenance == wanted.provenance
+    assert torch.equal(found.values, wanted.values)
+
+
+@pytest.mark.parametrize("default", [torch.float32, torch.float64])
+@pytest.mark.parametrize("inside", [False, True])
+def test_metrics_measure_in_the_models_precision(default, inside):
+    model = seeded(lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), Mean())).float()
+    x = images(2, 3, 8, 8).float()
+    maps = attrbox.compare(model, x, ["saliency"], target=1, progress=False)
+    metrics = ["morf", "deletion", "road", "infidelity", "sensitivity_max"]
+    wanted = attrbox.evaluate(model, x, maps, metrics, progress=False)
+    torch.set_default_dtype(default)
+    try:
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            found = attrbox.evaluate(model, x, maps, metrics, progress=False)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for metric in metrics:
+        torch.testing.assert_close(found["saliency"][metric].values, wanted["saliency"][metric].values)
+
+
+class Mean(nn.Module):
+    def forward(self, x):
+        return x.mean((2, 3))

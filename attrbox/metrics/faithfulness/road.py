@@ -121,7 +121,7 @@ class Road(RankCurve):
         imputed = torch.stack([impute(image, missing[0]) for image, missing in pairs]).to(images)
         if self.noise:
             noise = study.once(("noise of road",), lambda: study.samples.numbers(_NOISE, images.shape[1:]))
-            imputed = imputed + self.noise * taken * noise[rows]
+            imputed = imputed + self.noise * noise[rows] * taken
         return imputed
 
 
