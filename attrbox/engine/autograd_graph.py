@@ -64,6 +64,35 @@ _CHANGES_OF_FORM = (
 )
 
 
+def pixel_by_pixel(node: Any) -> bool | None:
+    """Whether a node comes from one leaf by changing each of its values on its own, linearly, or moving it; None if
+    nothing but copies lies between."""
+    changed = False
+    while node is not None and (name := type(node).__name__) != "AccumulateGrad":
+        before = [following for following, _ in node.next_functions if following is not None]
+        if len(before) != 1 or not name.startswith(_PIXELWISE):
+            return False
+        changed = changed or not name.startswith(("Clone", "Alias", "ToCopy"))
+        node = before[0]
+    return True if changed else None
+
+
+_PIXELWISE = (
+    "Clone",
+    "Alias",
+    "ToCopy",
+    "Add",
+    "Sub",
+    "Rsub",
+    "Neg",
+    "Mul",
+    "Div",
+    "Flip",
+    "IndexSelect",
+    "IndexBackward",
+)
+
+
 def ways_around(edges: Sequence[GradientEdge], score: Tensor) -> bool:
     """Whether a score comes from one of the edges by another way than through the last."""
     found = behind(score.grad_fn, without=edges[-1].node)

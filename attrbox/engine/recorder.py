@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
@@ -75,6 +75,7 @@ class Recorder(TorchFunctionMode):
         self.kept: list[tuple[Tensor, ...] | None] = []  # inputs at the sites, in a reference recording
         self.layer_nodes: list[tuple[Any, bool]] = []  # of convolutions and linear layers; whether these have positions
         self.site_nodes: dict[int, Any] = {}
+        self.entrances: list[tuple[Tensor, GradientEdge]] = []  # inputs of the first layers
         self._last_counted: Tensor | None = None  # the output of the last of these layers
         self.by_row = False  # whether rows of the batch take ways of their own
         self._linear = LinearCalls() if twice else None
@@ -222,7 +223,11 @@ class Recorder(TorchFunctionMode):
         return result
 
     def _make_layer(self, layer: Operation) -> Any:
-        layer = _knowing(layer, first=not self.passage.is_deep(layer.inputs[0]))
+        x = layer.inputs[0]
+        first = not self.passage.is_deep(x)
+        layer = _knowing(layer, first=first)
+        if first and not self._reference:
+            self.entrances.append((x.detach().clone(), get_gradient_edge(x)))  # which the model may write over
         result = self._keep(layer) if self._reference else self._make_site(layer)
         output = _first(result)
         self.passage.made(result, (), layer=True)

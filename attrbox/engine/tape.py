@@ -11,7 +11,7 @@ from torch.autograd.graph import GradientEdge
 from attrbox.core.model_state import autocasting, wide
 from attrbox.core.outputs import mapped, tensors
 from attrbox.core.results import Coverage, Operated
-from attrbox.engine.autograd_graph import between, last_on_the_way, made_into, on_the_way, ways_around
+from attrbox.engine.autograd_graph import between, last_on_the_way, made_into, on_the_way, pixel_by_pixel, ways_around
 from attrbox.engine.calling import forward, hidden_by
 from attrbox.engine.feature_maps import Grid
 from attrbox.engine.recorder import Recorder
@@ -32,6 +32,7 @@ class Tape:
         unknown: non-linear operations that are not in the table, native too.
         feature_maps: layer name (or None: the last spatial feature map) -> its output.
         grids: the same names -> where in these outputs the pixels are.
+        entrance: what the first layers that rules treat get, where the model normalizes pixels itself, and its slope.
     """
 
     def __init__(self, model: nn.Module, images: Tensor, output: Any, recorder: "Recorder | None") -> None:
@@ -50,6 +51,7 @@ class Tape:
         self._needs = recorder.needs if recorder else {}
         self._replaying = recorder.replaying if recorder else Replaying()
         self._narrow = autocasting(images.device) == torch.float16
+        self.entrance = None if recorder is None else _entrance(images, recorder.entrances)
 
     @property
     def layers(self) -> int:
@@ -246,6 +248,23 @@ def record(
         copies |= stale
     recorder.finish(output)
     return Tape(model, leaf, output, recorder)
+
+
+def _entrance(images: Tensor, found: Sequence[tuple[Tensor, GradientEdge]]) -> tuple[Tensor, Tensor] | None:
+    """What the first layers get, and its slope in the images, both laid out as the images.
+
+    None if that is the images themselves, or if the model does more before them than normalize pixels or flip channels.
+    """
+    if len({edge.node for _, edge in found}) != 1:
+        return None
+    pixels, edge = found[0]
+    if pixels.shape != images.shape or not pixel_by_pixel(edge.node):
+        return None
+    slope, sloped = (
+        torch.autograd.grad(cast(Any, [edge]), [images], [weights], retain_graph=True)[0]
+        for weights in (torch.ones_like(pixels), pixels)
+    )
+    return torch.where(slope == 0, 0, sloped / slope), slope
 
 
 def check_visible(model: nn.Module) -> None:

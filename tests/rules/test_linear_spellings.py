@@ -105,3 +105,39 @@ def test_positions_keep_their_axes(method: str) -> None:
         maps.append(attrbox.explain(Mixed(product).double().eval(), images, method, target=1, progress=False).values)
     for values in maps[1:]:
         torch.testing.assert_close(values, maps[0], rtol=1e-6, atol=1e-9)
+
+
+MEAN, STD = torch.tensor([0.5, 0.4, 0.3]).double()[:, None, None], torch.tensor([0.2, 0.3, 0.4]).double()[:, None, None]
+NORMALIZED: dict[str, Callable[[Tensor], Tensor]] = {
+    "operators": lambda x: (x - MEAN) / STD,
+    "in place": lambda x: x.sub_(MEAN).div_(STD),
+    "product": lambda x: x * (1 / STD) + -MEAN / STD,
+    "negated": lambda x: -(MEAN - x) / STD,
+    "flipped": lambda x: (x.flip(1) - MEAN) / STD,
+    "picked": lambda x: (x[:, [2, 0, 1]] - MEAN) / STD,
+}
+
+
+@pytest.mark.parametrize("method", ["deep_taylor", "epsilon_gamma_box"])
+@pytest.mark.parametrize("name", NORMALIZED)
+def test_a_normalization_inside_of_the_model(name: str, method: str) -> None:
+    """The map of normalized pixels, at their places."""
+
+    class Normalizing(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(NORMALIZED[name](x))
+
+    torch.manual_seed(3)
+    inner = Classifier(F.linear).double().eval()
+    x = torch.rand(2, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    x[0, :, :2] = MEAN  # which the first layer gets as zeros
+    normalized = NORMALIZED[name](x.clone())
+    wanted = attrbox.explain(inner, normalized, method, target=1, progress=False).values
+    back = {"flipped": [2, 1, 0], "picked": [1, 2, 0]}.get(name, [0, 1, 2])
+    for audit in (False, True):
+        found = attrbox.explain(Normalizing(inner).eval(), x, method, target=1, audit=audit, progress=False)
+        torch.testing.assert_close(found.values, wanted[:, back])

@@ -112,7 +112,15 @@ class _Relevance(Method):
     def attribute(self, run: Run) -> Tensor:
         rule = self.rule()
         gradient = self._audited(run)[0] if self.audit else run.gradient(rule)
-        return rule.relevance(gradient, run.images.unsqueeze(1))
+        return self._at_pixels(run, rule, gradient)
+
+    def _at_pixels(self, run: Run, rule: Rule, gradient: Tensor) -> Tensor:
+        """The relevance of pixels; a model's own normalization does not change what the first layers' rule gives."""
+        entrance = run.tape.entrance if getattr(rule, "divides", False) else None
+        if entrance is None:
+            return rule.relevance(gradient, run.images.unsqueeze(1))
+        pixels, slope = (tensor.to(gradient).unsqueeze(1) for tensor in entrance)
+        return rule.relevance(torch.where(slope == 0, 0, gradient / slope), pixels)
 
     def coverage(self, run: Run) -> Coverage:
         found = run.tape.coverage(self.rule())  # not that of the audit, which looks at every site
@@ -127,7 +135,7 @@ class _Relevance(Method):
             gradient = torch.stack(
                 [torch.stack([run.gradient_of_one(n, k, audits[n][k]) for k in range(targets)]) for n in range(count)]
             )
-            return gradient, _conservation(audits, run.scores, rule.relevance(gradient, run.images.unsqueeze(1)))
+            return gradient, _conservation(audits, run.scores, self._at_pixels(run, rule, gradient))
 
         return run.once(("audited", rule), compute)
 
@@ -274,7 +282,7 @@ class Excitation(_Relevance):
     def attribute(self, run: Run) -> Tensor:
         values = super().attribute(run)
         if self.contrastive:
-            values = values - self.against.relevance(run.gradient(self.against), run.images.unsqueeze(1))
+            values = values - self._at_pixels(run, self.against, run.gradient(self.against))
         return values / nonzero(run.scores).view(*run.scores.shape, *(1,) * (values.dim() - 2))
 
     def expected(self, run: Run) -> Tensor | None:

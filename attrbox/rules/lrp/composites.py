@@ -82,8 +82,13 @@ class Composite(Rule):
         """What a layer keeps of the relevance that reaches it."""
         return self.rule_at(site).losses(site, grad_output, self.stabiliser)
 
+    @property
+    def divides(self) -> bool:
+        """Whether relevance at the first layers is no product with their input, and gradients are divided by that."""
+        return any(rule.divides for _, rule in self.places)
+
     def relevance(self, gradient: Tensor, images: Tensor) -> Tensor:
-        return gradient * nonzero(images) if any(rule.divides for _, rule in self.places) else gradient * images
+        return gradient * nonzero(images) if self.divides else gradient * images
 
 
 _BETWEEN = LRPEpsilon(torch.finfo(torch.float32).eps)
