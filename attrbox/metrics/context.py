@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from attrbox.core.fills import FILLS
 from attrbox.core.memory import backing_off
 from attrbox.core.outputs import Outputs
 from attrbox.core.random_streams import streams
@@ -296,11 +297,18 @@ class Study:
         return torch.cat([part.scores.flatten(1).abs().amax(1) for part in self.outputs]).to(self.images.dtype)
 
     def baseline_of(self, maps: Maps) -> float | Tensor | None:
-        """What a method compared each image with: a number or a tensor [1 or n, C, H, W]; None if nothing is known."""
+        """What a method compared each image with: a number or a tensor [1 or n, C, H, W]; None if nothing is known, or
+        if it was drawn at random or made of superpixels."""
         if not isinstance(maps.explainer, Recipe):
             return None
-        baseline = maps.explainer.baseline
-        return baseline if not isinstance(baseline, Tensor) else self.as_baseline(baseline)
+        baseline, blur = maps.explainer.baseline, maps.explainer.blur
+        if isinstance(baseline, Tensor):
+            return self.as_baseline(baseline)
+        if not isinstance(baseline, str):
+            return baseline
+        if baseline not in FILLS or baseline == "noise":
+            return None
+        return self.once(("fill", baseline, blur), lambda: self.samples.fill(baseline, blur))
 
     def as_baseline(self, baseline: Tensor) -> Tensor:
         """A tensor as a baseline of these images, [1 or n, C, H, W].

@@ -27,13 +27,20 @@ class Recipe:
     provenance: Provenance = Provenance()
 
     @property
-    def baseline(self) -> float | Tensor | None:
-        """What the image was compared with, or what hidden pixels showed: a number or a tensor; None if nothing was."""
+    def baseline(self) -> float | Tensor | str | None:
+        """What the image was compared with, or what hidden pixels showed: a number, a tensor or a word for a fill; None
+        if nothing was."""
         spec = registry[self.method]
         method = spec.create(self.options)
         names = [info.name for info in spec.options if info.name in ("baseline", "fill")]
         values = [getattr(method, name) for name in names]
-        return next((value for value in values if isinstance(value, int | float | Tensor)), None)
+        return next((value for value in values if isinstance(value, int | float | str | Tensor)), None)
+
+    @property
+    def blur(self) -> float | None:
+        """The standard deviation of a blurred fill, in pixels."""
+        blur: float | None = getattr(registry[self.method].create(self.options), "blur", None)
+        return blur
 
 
 # Makes maps [n, ...] in another way: (model, images [n, ...], class indices [n] or None, seeds of the images).

@@ -306,3 +306,22 @@ def test_the_command_knows_seeds_and_baselines(tmp_path):
         assert means[label, "sensitivity_max"] < 1e-5
     told = run("evaluate", path, "--trust", "--metrics", "completeness")
     assert "promises no sum" in told.output
+
+
+@pytest.mark.parametrize("fill", [0.3, "zero", "mean", "blur", "median"])
+def test_words_for_fills_are_baselines(fill, as_source):
+    """Of a linear model, drops of the score are sums of the map of single hidden pixels."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 5)).double().eval()
+    maps = compared(model, [("occlusion", {"window": 1, "stride": 1, "fill": fill})])
+    scores = attrbox.evaluate(model, X, as_source(maps), ["sensitivity_n", "infidelity"], progress=False)["occlusion"]
+    torch.testing.assert_close(scores["sensitivity_n"].values, torch.ones(3).double())
+    assert scores["infidelity"].values.abs().max() < 1e-20
+    assert not scores["infidelity"].note
+
+
+def test_fills_that_are_not_known_again_are_said():
+    model = relu_net()
+    maps = compared(model, [("occlusion", {"window": 4, "stride": 4, "fill": "noise"})])
+    scores = attrbox.evaluate(model, X, maps, ["infidelity"], progress=False)["occlusion"]
+    assert "fill 'noise'" in scores["infidelity"].note

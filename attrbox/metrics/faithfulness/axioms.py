@@ -18,7 +18,7 @@ from attrbox.core.validation import check, check_baseline, check_choice, check_c
 from attrbox.errors import InputError
 from attrbox.metrics.base import Measurement, Metric, register_metric
 from attrbox.metrics.context import Study
-from attrbox.metrics.records import Maps, Views
+from attrbox.metrics.records import Maps, Recipe, Views
 from attrbox.metrics.robustness.similarity import pearson
 from attrbox.metrics.sources import Source
 
@@ -68,6 +68,10 @@ class Perturbing(Metric):
             return LOST
         if self.baseline is None and self.removes and maps.explainer is None:
             return "nobody knows against which baseline the maps were made, so removed pixels show 0; give baseline="
+        if self.baseline is None and self.removes and isinstance(maps.explainer, Recipe):
+            fill = maps.explainer.baseline
+            if isinstance(fill, str) and study.baseline_of(maps) is None:
+                return f"the maps were made with the fill {fill!r}, but removed pixels show 0; give baseline="
         return ""
 
     @abstractmethod
