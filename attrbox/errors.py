@@ -124,6 +124,10 @@ class NothingHiddenWarning(UserWarning):
     """What hides pixels equals what they show, so a method that hides them has nothing to tell."""
 
 
+class PartialMapWarning(UserWarning):
+    """The scores come from earlier feature maps by ways around the one that is explained, which is a part of them."""
+
+
 class OptimisationWarning(UserWarning):
     """A map that is found by optimisation was stopped early, because its loss was not finite."""
 

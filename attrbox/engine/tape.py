@@ -11,7 +11,15 @@ from torch.autograd.graph import GradientEdge
 from attrbox.core.model_state import autocasting, wide
 from attrbox.core.outputs import mapped, tensors
 from attrbox.core.results import Coverage, Operated
-from attrbox.engine.autograd_graph import between, last_on_the_way, made_into, on_the_way, pixel_by_pixel, ways_around
+from attrbox.engine.autograd_graph import (
+    behind,
+    between,
+    last_on_the_way,
+    made_into,
+    on_the_way,
+    pixel_by_pixel,
+    ways_around,
+)
 from attrbox.engine.calling import forward, hidden_by
 from attrbox.engine.feature_maps import Grid
 from attrbox.engine.recorder import Recorder
@@ -76,6 +84,16 @@ class Tape:
     def has_ways_around(self, scores: Sequence[Tensor]) -> bool:
         """Whether a score comes from an earlier spatial feature map by another way than through the last."""
         return any(ways_around(self._map_edges, score) for score in scores)
+
+    def has_other_branches(self, scores: Sequence[Tensor]) -> bool:
+        """Whether a score changes with spatial feature maps that do not lead to the last one."""
+        inside = behind(self._map_edges[-1].node)
+        for score in scores:
+            found = (self._map_edges[place - 1] for place in on_the_way(self._map_edges, score))
+            edges = [edge for edge in found if edge.node not in inside]
+            if edges and any(bool(gradient.any()) for gradient in self.replay(score, edges)):
+                return True
+        return False
 
     def last_map_with_gradient(self, score: Tensor) -> Tensor:
         """The number, from 1, of the last spatial feature map at which each image's score has a gradient other than 0;

@@ -1,5 +1,7 @@
 """The layer that the CAM family takes by itself lies on the way to the explained output."""
 
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 
 import attrbox
 from attrbox.engine.feature_maps import Follower, Grid
+from attrbox.errors import PartialMapWarning
 
 X = images(2, 3, 16, 16)
 CAM = ["grad_cam", "grad_cam_plus_plus", "layer_cam", "guided_grad_cam"]
@@ -229,3 +232,22 @@ def test_an_activation_of_more_axes_is_no_row_of_tokens() -> None:
     assert follower.grid_of(torch.zeros(2, 5, 10)) == Grid((3, 3), 1)
     assert follower.grid_of(torch.zeros(2, 9, 2, 7)) is None  # 9 heads, say
     assert follower.grid_of(torch.zeros(4, 10, 5)) is None
+
+
+@pytest.mark.parametrize("method", CAM)
+def test_a_part_of_the_model_is_called_a_part(method: str) -> None:
+    """Of the mean of two networks, the last feature map is one's."""
+
+    class Mean(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.other = net("nothing"), net("nothing")
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (self.one(x) + self.other(x)) / 2
+
+    with pytest.warns(PartialMapWarning, match="a part of the model only"):
+        attrbox.explain(Mean().eval(), X, method, target=1, progress=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attrbox.explain(net("nothing"), X, method, target=1, progress=False)

@@ -5,6 +5,7 @@ model: one recorded forward serves all rules, one set of noise samples the whole
 with other arguments is computed anew, and nothing is computed that nobody asks for.
 """
 
+import warnings
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,7 +19,7 @@ from attrbox.core.outputs import Outputs
 from attrbox.engine.site import Rule
 from attrbox.engine.site_function import Reference
 from attrbox.engine.tape import Tape
-from attrbox.errors import ModelError, UnsupportedModelError
+from attrbox.errors import ModelError, PartialMapWarning, UnsupportedModelError
 from attrbox.methods.context.passes import Once, Passes, Samples, Settings, in_channels_last
 from attrbox.methods.context.versions import Explained, Versions
 
@@ -266,11 +267,16 @@ class Run:
         alone = [(features, gradient, everywhere)]
         if layer is not None or len(self.tape.feature_maps[layer]) != len(self.images):  # several rows per image
             return alone
-        if not self.tape.has_ways_around(self._scores().unbind(1)) or counts.is_meta or bool(counts.all()):
+        if not self.tape.has_ways_around(self._scores().unbind(1)) or counts.is_meta:
             return alone
         tape = self._serve(layers=[None])
         with self.passes.autocast():
-            places = torch.stack([tape.last_map_with_gradient(score) for score in self._scores().unbind(1)], 1)
+            scores = self._scores().unbind(1)
+            if bool(counts.all()):
+                if tape.has_other_branches(scores):
+                    warnings.warn(_PARTIAL, PartialMapWarning, stacklevel=2)
+                return alone
+            places = torch.stack([tape.last_map_with_gradient(score) for score in scores], 1)
         places = places.masked_fill(counts, 0)
         found = [(features, gradient, places == 0)]  # those without any gradient too
         for place in sorted(set(places.flatten().tolist()) - {0}):
@@ -347,3 +353,10 @@ class Run:
 
         images = in_channels_last(self.images)
         return self.once(("recording", key), lambda: self.passes.recorded(images, [rule], twice=True))
+
+
+_PARTIAL = (
+    "The scores come from other feature maps too, which do not lead to the last one (several networks or heads in one "
+    "model), so its map shows a part of the model only. Name a layer that all goes through (layer=...), explain the "
+    "parts one by one, or use a method without layers."
+)
