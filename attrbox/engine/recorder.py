@@ -75,10 +75,14 @@ class Recorder(TorchFunctionMode):
         self.kept: list[tuple[Tensor, ...] | None] = []  # inputs at the sites, in a reference recording
         self.layer_nodes: list[tuple[Any, bool]] = []  # of convolutions and linear layers; whether these have positions
         self.site_nodes: dict[int, Any] = {}
+        self.has_rows: dict[
+            int | str | None, bool
+        ] = {}  # whether row i is image i: sites, and layers with a feature map
         self.entrances: list[tuple[Tensor, GradientEdge]] = []  # inputs of the first layers
         self._last_counted: Tensor | None = None  # the output of the last of these layers
         self.by_row = False  # whether rows of the batch take ways of their own
         self._linear = LinearCalls() if twice else None
+        self._made_layer = False  # whether the call that runs made one
         self._last_layer: tuple[Site, Operation, Tensor, int] | None = None  # with its output, and its version
         self._count = 0  # of sites
         self._pairs = None if LAYERS.isdisjoint(needs) else Pairs()
@@ -113,8 +117,9 @@ class Recorder(TorchFunctionMode):
         if function is torch._pack_padded_sequence:  # of lengths that the images have
             self.by_row = True
         if torch.is_grad_enabled():
+            self._made_layer = False
             result = self._run(function, args, kwargs)
-            self.passage.made(result, args)
+            self.passage.made(result, function, args, kwargs, self._made_layer)
         else:
             before = len(self.unknown)
             result = function(*args, **kwargs)
@@ -194,6 +199,7 @@ class Recorder(TorchFunctionMode):
         site = Site(self._count, operation.kind, here.module, here.call, *what, shapes, here.repeat)
         self._count += 1
         self.records.append(site)
+        self.has_rows[site.index] = self.passage.has_rows(operation.inputs[0])
         return site
 
     def _make_site(self, operation: Operation) -> Any:
@@ -230,7 +236,7 @@ class Recorder(TorchFunctionMode):
             self.entrances.append((x.detach().clone(), get_gradient_edge(x)))  # which the model may write over
         result = self._keep(layer) if self._reference else self._make_site(layer)
         output = _first(result)
-        self.passage.made(result, (), layer=True)
+        self._made_layer = True
         self._last_layer = (self.records[-1], layer, output, output._version)
         if self._pairs and not self._reference:
             self._pairs.made(output, len(self.records) - 1)
@@ -250,7 +256,7 @@ class Recorder(TorchFunctionMode):
             site = replace(site, function=joined.pure, info=joined.info)
             self.records.append(site)
             result = self._run_site(site, joined)
-            self.passage.made(result, (), layer=True)
+            self._made_layer = True
             self._pairs.made(_first(result), len(self.records) - 1)
         self._last_layer = (site, joined, _first(result), _first(result)._version)
         return result
@@ -310,6 +316,7 @@ class Recorder(TorchFunctionMode):
         if None in self.layers and follower is not None:
             if follower.last is not None:
                 self.feature_maps[None], self.grids[None] = follower.last
+                self.has_rows[None] = self.passage.has_rows(follower.last[0])
             elif any(operated.operation == "CheckpointFunction" for operated in self.unknown):
                 raise checkpointed()
             else:
@@ -368,7 +375,7 @@ class Recorder(TorchFunctionMode):
                 raise OptionError(f"The layer {name!r} must return a feature map [N, C, ...], but returns {what}.")
             if is_activation(output):
                 assert self._follower is not None
-                self.feature_maps[name] = output
+                self.feature_maps[name], self.has_rows[name] = output, self.passage.has_rows(output)
                 self.grids[name] = self._follower.grid_of(output) or Grid(tuple(output.shape[2:]))
                 # The model goes on with a copy: an in-place ReLU behind a convolution must not change the map.
                 return output.clone()

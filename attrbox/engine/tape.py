@@ -54,6 +54,7 @@ class Tape:
         self._nodes = recorder.site_nodes if recorder else {}
         self.feature_maps: dict[str | None, Tensor] = recorder.feature_maps if recorder else {}
         self.grids: dict[str | None, Grid] = recorder.grids if recorder else {}
+        self._has_rows = recorder.has_rows if recorder else {}
         self._map_edges = recorder.map_edges if recorder else []
         self._by_row = recorder is not None and recorder.by_row
         self._needs = recorder.needs if recorder else {}
@@ -74,6 +75,10 @@ class Tape:
         """
         layers = [node for node, positions in self._layers if positions or not with_positions]
         return between(tensors(self.output), self._nodes, layers)
+
+    def rows_are_images(self, place: int | str | None) -> bool:
+        """Whether row i of an activation is image i, at a site, by its number, or at a layer with a feature map."""
+        return self._has_rows.get(place, False)
 
     def maps_on_the_way(self, scores: Sequence[Tensor]) -> int | None:
         """How many spatial feature maps to follow so that the last one lies on the way to all of these scores, and is

@@ -69,7 +69,8 @@ def built(build: type[nn.Module], *arguments: Tensor | nn.Module) -> nn.Module:
 
 
 def maps(model: nn.Module, x: Tensor, method: str, target: list[int]) -> Tensor:
-    options = FAST.get(method, {}) | {"progress": False, "target": target}
+    seeds = [10 + number for number in target]  # each image's own, in a batch and alone
+    options = FAST.get(method, {}) | {"progress": False, "target": target, "seed": seeds}
     if method.startswith("learned"):  # whose random start depends on how many sites there are
         options["initial"] = "ones"
     return attrbox.explain(model, x, method, **options).values
@@ -97,7 +98,7 @@ def test_learned_rules_of_rows_that_take_their_own_ways(build: type[nn.Module], 
     model = built(build)
     together = attrbox.explain(model, X, "learned", keep_rules=True, **options)
     for i in range(len(X)):
-        one = options | {"target": i, "seed": 5 + i}
+        one = options | {"target": i, "seed": [5 + i]}
         alone = attrbox.explain(model, X[i : i + 1], "learned", keep_rules=True, **one)
         torch.testing.assert_close(together.values[i : i + 1], alone.values)
     rules = together.details["rules"]

@@ -243,8 +243,9 @@ class Run:
                     self.release()
                     tape = self.tape
             features, grid = tape.feature_maps[layer], tape.grids[layer]
-            if len(features) != len(self.images):
-                return self._maps_one_by_one(layer, len(features))
+            rows = len(features)
+            if rows != len(self.images) or (rows > 1 and not tape.rows_are_images(layer)):
+                return self._maps_one_by_one(layer, rows)
             gradient = self._replay(features)
             spatial = grid.spatial(gradient.flatten(0, 1))
             return (

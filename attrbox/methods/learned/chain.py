@@ -36,10 +36,12 @@ class Propagating(Method):
         raise NotImplementedError
 
     def attribute(self, run: Run) -> Tensor:
-        sites = self.learned_at(recorded(self.plugged, run))
-        if len(run.images) == 1 or all(site.shapes[0][0] == len(run.images) for site in sites):
+        tape, count = recorded(self.plugged, run), len(run.images)
+        sites = self.learned_at(tape)
+        if count == 1 or all(s.shapes[0][0] == count and tape.rows_are_images(s.index) for s in sites):
             return self.together(run)
-        # The model takes its rows one by one, or lays views of them into the batch: parameters are of one image each.
+        # The model takes its rows one by one or in another order, lays views of them into the batch, or has another
+        # axis first: parameters are of one image each.
         alone = run.one_by_one()
         maps = torch.cat([self.together(one) for one in alone])
         details = [one.told() for one in alone]
