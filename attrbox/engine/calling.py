@@ -39,6 +39,11 @@ def forward(model: nn.Module, images: Tensor, watching: AbstractContextManager[N
         ) from error
 
 
+def has_own_hooks(tensor: Tensor) -> bool:
+    """Whether the model hooks onto the gradient of a tensor."""
+    return any(hook is not plain for hook in (tensor._backward_hooks or {}).values())
+
+
 def is_checkpointing() -> bool:
     """Whether autograd forgets what is saved now, and will run the model's code again when it needs it."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)

@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from attrbox.core.outputs import described, tensors
 from attrbox.core.results import Operated
 from attrbox.engine.autograd_graph import last_of, mark_gate, node_of
-from attrbox.engine.calling import is_checkpointing
+from attrbox.engine.calling import has_own_hooks, is_checkpointing
 from attrbox.engine.feature_maps import CONVOLUTIONS, Follower, Grid
 from attrbox.engine.linear_maps import LinearCalls
 from attrbox.engine.operations.batch_norm import batch_norm_of
@@ -248,7 +248,7 @@ class Recorder(TorchFunctionMode):
             return None
         site, layer, output, version = self._last_layer
         joined = with_batch_norm(layer, output, function, args, kwargs)
-        if joined is None or output._version != version or output._backward_hooks:
+        if joined is None or output._version != version or has_own_hooks(output):
             return None  # written over in between, or its gradient is looked at
         if self._reference:
             result = function(*args, **kwargs)
@@ -295,7 +295,7 @@ class Recorder(TorchFunctionMode):
                 return
             if self.needs and name_of(function).startswith("fractional_max_pool"):
                 raise drawn_windows(self._modules.current)
-        elif not cuts(function, first) or not any(map(is_activation, flat((*args, *kwargs.values())))):
+        elif not cuts(function, args, kwargs, first):
             return
         self.unknown.append(self._modules.here(name_of(function)))
 

@@ -250,6 +250,8 @@ def _reference(method: str) -> dict[str, object]:
         lambda x: x if not x.isnan().any() else -x,
         lambda x: x.new_ones(x.shape) + x,
         lambda x: x + len(x) + x.shape[1] + x.size(2),
+        lambda x: x + torch.ones(1, dtype=x.dtype).expand_as(x),
+        lambda x: x + torch.ones(x.numel(), dtype=torch.float32).view_as(x).type_as(x).to(x),
     ],
 )
 def test_what_cuts_nothing_is_not_named(function: Function) -> None:

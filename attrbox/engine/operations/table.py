@@ -52,6 +52,8 @@ _INDEPENDENT = frozenset(
     new_tensor isnan isinf isfinite is_nonzero shape size stride storage_offset grad
     """.split()
 )
+# Functions that take the size or dtype of their other argument.
+_AS_ANOTHER = frozenset("expand_as view_as reshape_as type_as to copy_as broadcast_tensors".split())
 # Conversions to numbers of Python.
 _CONVERSIONS = frozenset("item tolist float int index bool complex numpy array".split())
 _DROPOUT = frozenset(
@@ -89,12 +91,13 @@ def is_linear(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any])
     return False
 
 
-def cuts(function: Function, result: Any) -> bool:
-    """Whether a call that took an activation cuts the gradient, although the output may depend on its result.
+def cuts(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> bool:
+    """Whether a call took an activation and cuts the gradient, although the output may depend on its result.
 
     x * (x > 0) is a ReLU that no engine can see; so is what `detach`, `item` or `torch.no_grad` hand on.
     """
     name = name_of(function)
-    if isinstance(result, Tensor):
-        return name not in _INDEPENDENT
-    return name in _CONVERSIONS
+    if name in _INDEPENDENT if isinstance(result, Tensor) else name not in _CONVERSIONS:
+        return False
+    given = args[:1] if name in _AS_ANOTHER else (*args, *kwargs.values())
+    return any(map(is_activation, flat(given)))
