@@ -8,7 +8,8 @@ it by its sizes.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
@@ -22,16 +23,26 @@ class Grid:
         size: (h, w), or as many axes as there are.
         prefix: tokens before those of the grid; None if the activation has no tokens.
         last: whether the channels are the last axis.
+        suffix: tokens behind those of the grid.
     """
 
     size: tuple[int, ...]
     prefix: int | None = None
     last: bool = False
+    suffix: int = 0
+
+    @property
+    def others(self) -> int:
+        """How many tokens there are beside those of the grid."""
+        return (self.prefix or 0) + self.suffix
 
     def spatial(self, activation: Tensor) -> Tensor:
         """An activation of this layout as [n, C, h, w]."""
         first = activation.movedim(-1, 1) if self.last else activation
-        return first if self.prefix is None else first[..., self.prefix :].reshape(*first.shape[:2], *self.size)
+        if self.prefix is None:
+            return first
+        tokens = first[..., self.prefix : self.prefix + math.prod(self.size)]
+        return tokens.reshape(*first.shape[:2], *self.size)
 
 
 CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d"})
@@ -39,6 +50,10 @@ CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d"})
 _STREAM = frozenset({"add", "iadd", "layer_norm", "rms_norm", "cat", "concat"})
 _ATTENTION = frozenset({"softmax", "scaled_dot_product_attention", "multi_head_attention_forward"})
 _MOST_PREFIXES = 16
+_JOINING = frozenset({"cat", "concat", "concatenate"})
+_FLATTENING = frozenset({"flatten", "view", "reshape"})
+_TURNING = frozenset({"permute", "transpose", "mT", "movedim", "swapaxes"})
+_LAST, _FIRST = (0, 2, 3, 1), (0, 3, 1, 2)  # orders of axes
 
 
 class Follower:
@@ -60,9 +75,12 @@ class Follower:
         self.convolutions = 0
         self.found: tuple[Tensor, Grid] | None = None
         self._before_attention: tuple[Tensor, Grid] | None = None
+        self._layouts: dict[
+            tuple[int, ...], Grid | None
+        ] = {}  # by the shape of an image's part; None: no grid any more
 
-    def see(self, name: str, result: Tensor) -> None:
-        """An operation of this name made an activation."""
+    def see(self, name: str, result: Tensor, args: Sequence[Any] = ()) -> None:
+        """An operation of this name made an activation of these arguments."""
         self.convolutions += name in CONVOLUTIONS
         if len(self.edges) == self.most:
             return
@@ -78,12 +96,45 @@ class Follower:
             return
         if name in _ATTENTION:
             self._before_attention = self.found
+        self._learn_layout(name, result, args)
         grid = self.grid_of(result)
         if grid is None and name == "linear" and self._whole and result.dim() == self.found[0].dim():
             grid = Grid(tuple(result.shape[1:-1]), last=True)  # neighbours merged
         if grid is None or "pool" in name or (grid.prefix is not None and name not in _STREAM | CONVOLUTIONS):
             return
         self._take(result, grid)
+
+    def _learn_layout(self, name: str, result: Tensor, args: Sequence[Any]) -> None:
+        """Note how activations of a shape are laid out, where sizes alone do not tell it."""
+        assert self.found is not None
+        size, shape = self.found[1].size, tuple(result.shape[1:])
+        before = args[0] if args else None
+        if name in _JOINING and result.dim() == 3 and isinstance(before, list | tuple):
+            self._join(result, before, args[1] if len(args) > 1 else 0)
+        elif not isinstance(before, Tensor) or len(before) != self.count:
+            return
+        elif name in _FLATTENING and tuple(before.shape[2:]) == size and shape == (before.shape[1], math.prod(size)):
+            if self.grid_of(before) == Grid(size):
+                self._layouts[shape] = Grid(size, 0)
+        elif name in _TURNING and (grid := self.grid_of(before)) is not None:
+            turned = shape == tuple(before.shape[1:][::-1]) if before.dim() == 3 else name == "permute"
+            if before.dim() == 3 and turned:
+                self._layouts[shape] = replace(grid, last=not grid.last)
+            elif turned and tuple(args[1:]) in (_LAST, (_LAST,)):
+                self._layouts[shape] = replace(grid, last=True)
+            elif turned and tuple(args[1:]) in (_FIRST, (_FIRST,)):
+                self._layouts[shape] = replace(grid, last=False)
+
+    def _join(self, result: Tensor, parts: Sequence[Tensor], dim: int) -> None:
+        """Note where the grid lies among tokens that are joined."""
+        grids = [self.grid_of(part) if part.dim() == 3 and len(part) == self.count else None for part in parts]
+        known = [(place, grid) for place, grid in enumerate(grids) if grid is not None and 2 - grid.last == dim % 3]
+        if len(known) == 1:
+            (place, grid), sizes = known[0], [part.shape[dim] for part in parts]
+            prefix, suffix = sum(sizes[:place]) + (grid.prefix or 0), sum(sizes[place + 1 :]) + grid.suffix
+            self._layouts[tuple(result.shape[1:])] = replace(grid, prefix=prefix, suffix=suffix)
+        elif not known and dim % 3 > 0 and any(part.requires_grad for part in parts):
+            self._layouts.setdefault(tuple(result.shape[1:]), None)  # the grid was cut: it is followed no further
 
     def _take(self, result: Tensor, grid: Grid) -> None:
         self.found = (result, grid)
@@ -112,7 +163,11 @@ class Follower:
         """How an activation is laid out, by its sizes; None if the grid is not to be found in it."""
         if self.found is None or activation.dim() < 3 or len(activation) != self.count:
             return None
-        size = self.found[1].size
+        size, shape = self.found[1].size, tuple(activation.shape[1:])
+        if shape in self._layouts:
+            grid = self._layouts[shape]
+            if grid is None or grid.size == size:
+                return grid
         if tuple(activation.shape[2:]) == size:
             return Grid(size)
         if tuple(activation.shape[1:-1]) == size:
@@ -127,6 +182,6 @@ class Follower:
     @property
     def last(self) -> tuple[Tensor, Grid] | None:
         """The last feature map that the scores depend on everywhere."""
-        if self.found is not None and self.found[1].prefix and self._before_attention is not None:
+        if self.found is not None and self.found[1].others and self._before_attention is not None:
             return self._before_attention
         return self.found

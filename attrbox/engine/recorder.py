@@ -150,7 +150,7 @@ class Recorder(TorchFunctionMode):
             with self:  # its parts come here one by one
                 result = parts.run(*args, **kwargs)
             self._inside -= 1
-            self._follow(function, result)
+            self._follow(function, result, args)
             return result
         layer = layer_of(function, args, kwargs) if operation is None and self._pairs else None
         before: int | None = None  # the layer whose output is the activation's input
@@ -176,7 +176,7 @@ class Recorder(TorchFunctionMode):
             self._pairs.pair(before, len(self.records) - 1, operation.inputs[0], result)
         elif self._pairs and is_activation(_first(result)):
             self._pairs.used(flat((*args, *kwargs.values())))
-        self._follow(function, result)
+        self._follow(function, result, args)
         return result
 
     def _count_layer(self, name: str, args: Any, kwargs: Any, output: Tensor) -> None:
@@ -187,10 +187,10 @@ class Recorder(TorchFunctionMode):
         elif name == "batch_norm" and self._last_counted is argument(args, kwargs, 0, "input", None):
             self.layer_nodes[-1] = (output.grad_fn, self.layer_nodes[-1][1])  # it may go around the layer's own node
 
-    def _follow(self, function: Any, result: Any) -> None:
+    def _follow(self, function: Any, result: Any, args: Any) -> None:
         first = _first(result)
         if self._follower is not None and not self._inside and is_activation(first):
-            self._follower.see(name_of(function), first)
+            self._follower.see(name_of(function), first, args)
 
     def _site(self, operation: Operation) -> Site:
         here = self._modules.here(operation.kind)

@@ -251,3 +251,69 @@ def test_a_part_of_the_model_is_called_a_part(method: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         attrbox.explain(net("nothing"), X, method, target=1, progress=False)
+
+
+class ClassToken(nn.Module):
+    """A transformer with its class token before or behind the others."""
+
+    def __init__(self, first: bool, extra: int) -> None:
+        super().__init__()
+        self.first, self.extra = first, extra
+        self.patches, self.token = nn.Conv2d(3, 32, 4, 4), nn.Parameter(torch.randn(1, 1, 32))
+        self.registers = nn.Parameter(torch.randn(1, extra, 32))
+        self.block = nn.TransformerEncoderLayer(32, 2, 64, batch_first=True, dropout=0.0)
+        self.head = nn.Linear(32, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.patches(x).flatten(2).mT
+        token, registers = self.token.expand(len(x), -1, -1), self.registers.expand(len(x), -1, -1)
+        parts = [token, registers, tokens] if self.first else [tokens, token, registers]
+        tokens = self.block(self.block(torch.cat(parts, 1)))
+        return self.head(tokens[:, 0 if self.first else 16])
+
+
+@pytest.mark.parametrize("extra", [0, 3])
+@pytest.mark.parametrize("method", [*CAM, "attention_rollout", "gradient_rollout"])
+def test_class_tokens_may_stand_at_the_end(method: str, extra: int) -> None:
+    found = []
+    for first in (True, False):
+        torch.manual_seed(0)
+        model = ClassToken(first, extra).double().eval()
+        found.append(attrbox.explain(model, X, method, target=1, progress=False).values)
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("channels", [4, 16, 20, 32, 40])
+@pytest.mark.parametrize("method", ["grad_cam", "layer_cam"])
+def test_grids_of_as_many_channels_as_positions(method: str, channels: int) -> None:
+    """4 x 4 positions, their channels before, behind, or before tokens."""
+
+    class Laid(nn.Module):
+        def __init__(self, layout: str) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.layout = layout
+            self.patches, self.head, self.bias = (
+                nn.Conv2d(3, channels, 4, 4),
+                nn.Linear(channels, 5),
+                torch.randn(channels),
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            x, bias = self.patches(x), self.bias.to(x)
+            if self.layout == "tokens":
+                x, bias = x.flatten(2), bias[:, None]
+            elif self.layout == "channels last":
+                x = x.permute(0, 2, 3, 1)
+            else:
+                bias = bias[:, None, None]
+            x = x + bias
+            x = x + x.tanh()
+            return self.head(x.mean({"tokens": 2, "channels last": (1, 2)}.get(self.layout, (2, 3))))
+
+    maps = [
+        attrbox.explain(Laid(layout).double().eval(), X, method, target=1, progress=False, relu=False).values
+        for layout in ("maps", "tokens", "channels last")
+    ]
+    torch.testing.assert_close(maps[1], maps[0])
+    torch.testing.assert_close(maps[2], maps[0])

@@ -52,8 +52,8 @@ class _Rollout(Upsampled):
         rule = _Attention()
         run.gradient(rule)
         grid, count, targets = run.tape.grids[None], len(run.images), run.scores.shape[1]
-        prefix = grid.prefix or 0
-        tokens = prefix + torch.Size(grid.size).numel()
+        prefix, positions = grid.prefix or 0, torch.Size(grid.size).numel()
+        tokens, end = grid.others + positions, prefix + positions
         layers = [rule.found[index] for index in sorted(rule.found)]
         if not layers or not all(_is_global(layer[0][0], count, tokens) for layer in layers):
             what = f"not all of its {len(layers)} softmaxes are that (windows, ...)" if layers else "it has no softmax"
@@ -67,7 +67,8 @@ class _Rollout(Upsampled):
             for layer in layers:
                 attention, gradient = (t.to(flow.dtype).reshape(count, -1, tokens, tokens) for t in layer[k])
                 flow = self.step(attention, gradient) @ flow
-            maps.append(flow[:, 0, prefix:] if prefix else flow.mean(1))
+            # The class token is the first of those that are no positions.
+            maps.append(flow[:, 0 if prefix else end, prefix:end] if grid.others else flow.mean(1))
         return self.upsampled(run, torch.stack(maps, 1).reshape(count, targets, *grid.size))
 
 
