@@ -229,7 +229,7 @@ class Target:
             count = outputs.count
             number = torch.arange(count, device=scores.device)
             halves = [number >> bit & 1 == half for bit in range((count - 1).bit_length()) for half in (0, 1)]
-            own = torch.zeros(count, dtype=torch.bool, device=scores.device)
+            own = ~scores.isfinite().all(1)  # nothing can be told of these; who asks for the scores refuses them
             for spoil in (lambda rows: rows * torch.nan, lambda rows: 2 * rows + 1e3, lambda rows: -2 * rows - 1e3):
                 for half in halves or [number == 0]:
                     try:

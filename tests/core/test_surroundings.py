@@ -67,19 +67,21 @@ def test_threads_whose_models_share_their_parameters() -> None:
     assert all(parameter.requires_grad for parameter in inner.parameters())
 
 
-def test_a_call_within_a_call() -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_a_call_within_each_call_of_the_target(method: str) -> None:
     model = relu_net()
     inside: list[Tensor] = []
 
     def target(output: Tensor) -> Tensor:
-        if not inside:
-            inside.append(maps(model, "guided_backprop"))
+        inner = method if not inside else "guided_backprop"
+        inside.append(maps(model, inner))
         return output[:, 1]
 
+    wanted = maps(model, method, target=lambda output: output[:, 1])
     with nothing_changes(model, X):
-        outside = maps(model, "deeplift", target=target)
-    assert torch.equal(inside[0], maps(model, "guided_backprop"))
-    torch.testing.assert_close(outside, maps(model, "deeplift", target=1))
+        assert torch.equal(maps(model, method, target=target), wanted)
+    assert torch.equal(inside[0], maps(model, method))
+    assert all(torch.equal(one, maps(model, "guided_backprop")) for one in (inside[1], inside[-1]))
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import attrbox
 from attrbox.engine.site import Rule
-from attrbox.errors import AttrboxError, NonFiniteError, NonFiniteWarning, RuleError
+from attrbox.errors import AttrboxError, ModelError, NonFiniteError, NonFiniteWarning, RuleError
 
 METHODS = [name for name in attrbox.list_methods() if attrbox.method_registry[name].for_all]
 X = images(4, 3, 8, 8)
@@ -51,6 +51,46 @@ class TestScores:
                 relu_net(), X, method, target=lambda out: out[:, 0] / (out[:, 0] - out[:, 0].detach() + bad(out)),
                 batch_size=4, progress=False, **FAST.get(method, {}),
             )  # fmt: skip
+
+    @pytest.mark.parametrize("target", [1, lambda out: out[:, 1]], ids=["class", "function"])
+    @pytest.mark.parametrize("size", [1, 4])
+    def test_the_row_of_one_image(self, method: str, target: object, size: int) -> None:
+        x = X.clone()
+        x[2, 0, 0, 0] = 100
+        with pytest.raises(NonFiniteError, match=r"NaN or infinity for the images \[2\]"):
+            attrbox.explain(Blind(), x, method, target=target, batch_size=size, progress=False, **FAST.get(method, {}))
+
+    def test_another_class_changes_no_map(self, method: str) -> None:
+        options = {"target": 1, "progress": False} | FAST.get(method, {})
+        found, wanted = (attrbox.explain(model, X, method, **options).values for model in (LostClass(), relu_net()))
+        torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("method", ["occlusion", "rise", "lime", "kernel_shap"])
+@pytest.mark.parametrize("score", ["contrast", "prob", "log_prob"])
+def test_scores_that_compare_classes_need_them_all(method: str, score: str) -> None:
+    with pytest.raises(ModelError, match=r"images \[0, 1, 2, 3\].*score='logit' the explained alone"):
+        attrbox.explain(LostClass(), X, method, target=1, progress=False, **FAST.get(method, {}) | {"score": score})
+
+
+class Blind(nn.Module):
+    """NaN for images with a bright corner."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = relu_net()
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.where(x[:, :1, 0, 0] > 50, torch.nan, self.inner(x))
+
+
+class LostClass(Blind):
+    """NaN for the class 0."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.inner(x)
+        return torch.cat([torch.full_like(scores[:, :1], torch.nan), scores[:, 1:]], 1)
 
 
 def bad(out: Tensor) -> Tensor:

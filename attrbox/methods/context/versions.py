@@ -265,9 +265,12 @@ class Versions:
             return
         if not bool(finite.all()):
             bad = ((~finite).nonzero().flatten() + self.samples.rows.start).tolist()
+            whole = (
+                "" if unit == "logit" else f" score={unit!r} takes all classes in; score='logit' the explained alone."
+            )
             raise ModelError(
                 f"The model returned NaN or infinite scores on masked versions of the images {bad[:10]}, so nothing "
-                "can be told about these. Mend the model, or fill the masked pixels with something else."
+                f"can be told about these. Mend the model, or fill the masked pixels with something else.{whole}"
             )
         same = ((~hidden).nonzero().flatten() + self.samples.rows.start).tolist()
         warnings.warn(
