@@ -16,9 +16,12 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 def test_the_code_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.S)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     # The same without a download, on small images, with few steps.
-    code = "\n".join(blocks).replace('weights="DEFAULT"', "weights=None").replace("224", "32").replace("100", "3")
+    smaller = {'weights="DEFAULT"': "weights=None", "224": "32", '"steps": 100': '"steps": 3'}
+    code = "\n".join(blocks)
+    for full, small in smaller.items():
+        code = code.replace(full, small)
     names: dict[str, object] = {"dataset": torch.randn(20, 3, 32, 32)}
     try:
         exec(code, names)
@@ -28,6 +31,7 @@ def test_the_code_runs(tmp_path, monkeypatch):
         assert (tmp_path / "maps.h5").exists()
         assert set(names["scores"]) == {"saliency", "deeplift", "grad_cam", "random", "sobel"}
         assert names["summary"].complete
+        assert names["photographs"].photograph(0).size == (400, 300)
         assert names["scores"]["saliency"]["morf"].auc.shape == (4,)
     finally:
         for registry in (attrbox.method_registry, attrbox.rule_registry):
