@@ -64,6 +64,8 @@ def place_after(
         return None
     x = next(value for value in flat((*args, *kwargs.values())) if is_activation(value))
     name, axis = name_of(function), place.axis
+    if axis >= x.dim() or not result.dim():
+        return None
     indices = _indices(args) if name == "getitem" else ()
     if name in _TRIED or (indices and not any(isinstance(index, Tensor | list) for index in indices)):
         return _tried(function, x, args, kwargs, place)

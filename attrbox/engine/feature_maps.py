@@ -111,7 +111,7 @@ class Follower:
         before = args[0] if args else None
         if name in _JOINING and result.dim() == 3 and isinstance(before, list | tuple):
             self._join(result, before, args[1] if len(args) > 1 else 0)
-        elif not isinstance(before, Tensor) or len(before) != self.count:
+        elif not isinstance(before, Tensor) or before.dim() < 3 or len(before) != self.count:
             return
         elif name in _FLATTENING and tuple(before.shape[2:]) == size and shape == (before.shape[1], math.prod(size)):
             if self.grid_of(before) == Grid(size):

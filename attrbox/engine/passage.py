@@ -93,7 +93,8 @@ class Passage:
 
     def has_rows(self, activation: Tensor) -> bool:
         """Whether row i of an activation is known to be of image i."""
-        return self._places.get(activation.grad_fn) == ROWS and len(activation) == self._count
+        shape = activation.shape
+        return self._places.get(activation.grad_fn) == ROWS and len(shape) > 0 and shape[0] == self._count
 
     def _place_before(self, node: Any) -> Place | None:
         """Where the images lie in what a node was made of, if that is the same for all."""

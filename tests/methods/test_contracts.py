@@ -110,6 +110,7 @@ class TestEveryMethod:
         for name, values in maps.items():
             torch.testing.assert_close(values, maps["modules"], msg=lambda text, name=name: f"{name}: {text}")
 
+    @pytest.mark.filterwarnings("ignore::attrbox.errors.PartialMapWarning")  # attention to queries and keys
     @pytest.mark.parametrize("name", SMALL)
     def test_runs_on_every_net_that_it_is_defined_on(self, method, name):
         build, shape = SMALL[name]

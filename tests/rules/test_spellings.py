@@ -401,6 +401,7 @@ class Clamped(nn.Sequential):
         return super().forward(x).clamp(min=0).mean((2, 3))
 
 
+@pytest.mark.filterwarnings("ignore::attrbox.errors.PartialMapWarning")  # attention to queries and keys
 @pytest.mark.parametrize("method", [name for name in RULES if name != "gradient"])
 @pytest.mark.parametrize(
     "model",
