@@ -64,6 +64,7 @@ class Follower:
 
     Attributes:
         edges: of the autograd graph, one for each feature map that was the last one for a while.
+        grids: how each of these is laid out.
         convolutions: how many ran, with a feature map or without.
     """
 
@@ -72,6 +73,7 @@ class Follower:
         self.count, self.size = shape[0], tuple(shape[2:])
         self.most = most
         self.edges: list[GradientEdge] = []
+        self.grids: list[Grid] = []
         self.convolutions = 0
         self.found: tuple[Tensor, Grid] | None = None
         self._before_attention: tuple[Tensor, Grid] | None = None
@@ -139,6 +141,7 @@ class Follower:
     def _take(self, result: Tensor, grid: Grid) -> None:
         self.found = (result, grid)
         self.edges.append(get_gradient_edge(result))
+        self.grids.append(grid)
 
     @property
     def _whole(self) -> bool:

@@ -304,6 +304,11 @@ class Recorder(TorchFunctionMode):
         """See `Follower.edges`."""
         return self._follower.edges if self._follower is not None else []
 
+    @property
+    def map_grids(self) -> list[Grid]:
+        """See `Follower.grids`."""
+        return self._follower.grids if self._follower is not None else []
+
     def finish(self, output: Any) -> None:
         """After the forward pass: what went past the function mode, and layers that did not run.
 

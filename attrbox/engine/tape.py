@@ -56,6 +56,7 @@ class Tape:
         self.grids: dict[str | None, Grid] = recorder.grids if recorder else {}
         self._has_rows = recorder.has_rows if recorder else {}
         self._map_edges = recorder.map_edges if recorder else []
+        self._map_grids = recorder.map_grids if recorder else []
         self._by_row = recorder is not None and recorder.by_row
         self._needs = recorder.needs if recorder else {}
         self._replaying = recorder.replaying if recorder else Replaying()
@@ -107,7 +108,8 @@ class Tape:
         places = on_the_way(self._map_edges, score)
         for place, gradient in zip(places, self.replay(score, [self._map_edges[p - 1] for p in places]), strict=True):
             if len(gradient) == len(found):
-                found = torch.where((gradient != 0).flatten(1).any(1), place, found)
+                positions = self._map_grids[place - 1].spatial(gradient)  # without a class token
+                found = torch.where((positions != 0).flatten(1).any(1), place, found)
         return found
 
     def serves(self, rule: Rule | None) -> bool:

@@ -317,3 +317,36 @@ def test_grids_of_as_many_channels_as_positions(method: str, channels: int) -> N
     ]
     torch.testing.assert_close(maps[1], maps[0])
     torch.testing.assert_close(maps[2], maps[0])
+
+
+class Scales(nn.Module):
+    """Two scales, each with a class token that looks at its tokens once; the last norm is behind both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.near, self.far = nn.Conv2d(3, 16, 2, 2), nn.Conv2d(3, 16, 4, 4)
+        self.token, self.norm, self.place = nn.Parameter(torch.randn(1, 1, 16)), nn.LayerNorm(16), nn.Conv2d(16, 16, 1)
+        self.attention, self.head = nn.MultiheadAttention(16, 2, batch_first=True), nn.Linear(32, 5)
+
+    def scale(self, x: Tensor) -> Tensor:
+        tokens = torch.cat([self.token.expand(len(x), -1, -1), x.flatten(2).mT], 1)
+        normed = self.norm(tokens)
+        tokens = tokens + self.attention(normed, normed, normed)[0]
+        grid = tokens[:, 1:].mT.unflatten(2, x.shape[2:])  # a convolution between the attention and the end
+        tokens = torch.cat([tokens[:, :1], self.place(grid).flatten(2).mT], 1)
+        return self.norm(tokens)[:, 0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.cat([self.scale(self.near(x)), self.scale(self.far(x))], 1))
+
+
+@pytest.mark.filterwarnings("ignore::attrbox.errors.PartialMapWarning")
+@pytest.mark.parametrize("method", CAM)
+def test_a_map_is_not_of_what_the_class_token_leaves_behind(method: str) -> None:
+    torch.manual_seed(0)
+    model = Scales().double().eval()
+    options = {} if method == "guided_grad_cam" else {"relu": False}
+    together = attrbox.explain(model, X, method, target=1, progress=False, **options).values
+    assert (together.flatten(1) != 0).any(1).all() or method == "guided_grad_cam"
+    alone = [attrbox.explain(model, x[None], method, target=1, progress=False, **options).values for x in X]
+    torch.testing.assert_close(together, torch.cat(alone))

@@ -307,7 +307,10 @@ class Run:
                 "views or windows of it into the batch axis, so there is no one map over the image. Name a layer that "
                 "has one row per image, layer=..., or use a method without layers."
             )
-        parts = [one.feature_map(layer) for one in self.one_by_one([layer])]
+        alone = self.one_by_one([layer])
+        for one in alone:
+            one._maps = self._maps
+        parts = [one.feature_map(layer) for one in alone]
         return torch.cat([features for features, _ in parts]), torch.cat([gradient for _, gradient in parts])
 
     def reference(self, baseline: float | Tensor) -> Reference:
